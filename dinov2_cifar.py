@@ -28,7 +28,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,6 +41,7 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -76,18 +77,18 @@ class Config:
     DROPOUT = 0.0  # dropout in the student's attention and MLPs; 0 in the published recipe
 
     # The heads
-    PROJECTION_DIM = 1024  # K, number of prototypes; 65,536 and more on ImageNet, 512 to 4,096 for small pictures
+    PROJECTION_DIM = 128  # K, number of prototypes: about BATCH_SIZE for a short run; 512 to 4,096 for a long one, 65,536 on ImageNet
     HEAD_HIDDEN_DIM = 512  # width of the heads' two hidden layers
-    HEAD_BOTTLENECK_DIM = 256  # width of the heads' output before the prototypes
+    HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes; below K, so that no direction is far from all prototypes
     HEAD_BATCH_NORM = True  # batch normalisation in the heads: removes what all features share, so that short runs learn
 
     # The views
     GLOBAL_CROPS_NUMBER = 2  # G, crops that the teacher sees too; at least 2
     LOCAL_CROPS_NUMBER = 6  # L, crops for the student alone (0: none)
     GLOBAL_CROP_SIZE = 32  # side of a global crop in pixels, a multiple of PATCH_SIZE
-    LOCAL_CROP_SIZE = 32  # side of a local crop in pixels, a multiple of PATCH_SIZE
+    LOCAL_CROP_SIZE = 16  # side of a local crop in pixels, a multiple of PATCH_SIZE
     GLOBAL_CROPS_SCALE = (0.4, 1.0)  # share of the picture's area that a global crop covers, least and most
-    LOCAL_CROPS_SCALE = (0.1, 0.4)  # share of the picture's area that a local crop covers, least and most
+    LOCAL_CROPS_SCALE = (0.15, 0.5)  # share of the picture's area that a local crop covers, least and most
     FLIP = True  # mirror half of the crops left to right
     COLOR_JITTER = (0.4, 0.4, 0.2, 0.1)  # strength of the changes in brightness, contrast, saturation and hue (hue: 0 to 0.5)
     COLOR_JITTER_PROB = 0.8  # share of the crops whose colours are changed
@@ -95,28 +96,28 @@ class Config:
 
     # The objective
     LAMBDA_IMG = 1.0  # weight of the image-level loss (DINO)
-    LAMBDA_PATCH = 1.0  # weight of the patch-level loss (iBOT)
-    LAMBDA_KOLEO = 0.1  # weight of the regulariser that spreads the class tokens
+    LAMBDA_PATCH = 0.2  # weight of the patch-level loss (iBOT); 1 in the published recipe, where runs are long
+    LAMBDA_KOLEO = 1.0  # weight of the regulariser that spreads the class tokens; 0.1 in the published recipe, too weak for a short run
     KOLEO_KIND = "nearest"  # "nearest": log distance to the nearest other picture (KoLeo); "cosine": mean squared cosine
     MASK_KIND = "block"  # "block": patches are masked in rectangles; "random": one by one
     MASK_RATIO = 0.15  # mean share of masked patches over all global crops; a masked crop has 1/3 to 5/3 times MASK_RATIO / MASK_PROB
     MASK_PROB = 0.5  # share of the global crops that are masked
     STUDENT_TEMP = 0.1  # temperature of the student's softmax
-    TEACHER_TEMP_START = 0.04  # temperature of the teacher's targets at the first step; lower is sharper
-    TEACHER_TEMP_END = 0.07  # the same after TEACHER_TEMP_WARMUP
+    TEACHER_TEMP_START = 0.02  # temperature of the teacher's targets at the first step; lower is sharper
+    TEACHER_TEMP_END = 0.02  # the same after TEACHER_TEMP_WARMUP; 0.07 in the published recipe
     TEACHER_TEMP_WARMUP = 0.3  # share of the run in which it goes linearly from start to end
     SINKHORN_ITERATIONS = 3  # rounds of Sinkhorn-Knopp that balance the targets
 
     # Optimisation
-    BATCH_SIZE = 64  # B, pictures a step, each with all its crops
-    LEARNING_RATE = 1e-3  # peak rate at a batch of 1,024; the run uses it times sqrt(BATCH_SIZE / 1024)
+    BATCH_SIZE = 128  # B, pictures a step, each with all its crops
+    LEARNING_RATE = 2e-3  # peak rate at a batch of 1,024; the run uses it times sqrt(BATCH_SIZE / 1024)
     LEARNING_RATE_END = 1e-6  # rate at the last step, scaled likewise
     WARMUP = 0.1  # share of the run in which the rate rises linearly from 0
     WEIGHT_DECAY = 0.04  # weight decay of matrices at the first step; biases, norms and single tokens have none
     WEIGHT_DECAY_END = 0.4  # the same at the last step, reached by cosine
-    EMA_START = 0.996  # momentum of the teacher at the first step; short runs need less: 0.95 for 1,000 steps
+    EMA_START = 0.9  # momentum of the teacher at the first step: 0.9 for some thousand steps, 0.99 and more for long runs
     EMA_END = 1.0  # the same at the last step, reached by cosine
-    FREEZE_PROTOTYPES = 0.01  # share of the run in which the heads' last layer stands still
+    FREEZE_PROTOTYPES = 1.0  # share of the run in which the heads' last layer stands still; below 1 short runs tend to uniform targets
     CLIP_GRAD = 3.0  # largest gradient norm; longer gradients are shortened to it (0: no clipping)
     TOTAL_EPOCHS = 2  # passes over the pictures; every schedule stretches with them
 
@@ -201,8 +202,9 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, LOCAL_CROP_SIZE=16, TOTAL_EPOCHS=10, PROJECTION_DIM=256,
-             EMA_START=0.95, LEARNING_RATE=4e-3, TEACHER_TEMP_START=0.03, TEACHER_TEMP_END=0.04)
+QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=64, LEARNING_RATE=4e-3, TOTAL_EPOCHS=16,
+             LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=4,
+             COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
 
 def typed_like(default, name, value):
@@ -323,7 +325,7 @@ def adjust_hue(images, shift):
     chroma = value - low
     safe = torch.where(chroma > 0, chroma, 1)
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    channel = torch.tensor([5.0, 3.0, 1.0], device=images.device).view(1, 3, 1, 1)
+    channel = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)                      # red, green, blue
     k = (channel + hue.unsqueeze(1) + 6 * shift) % 6                                              # sixths of a circle
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -433,6 +435,9 @@ def as_pictures(dataset, size=None):
         dataset = (torch.stack([as_uint8(item[0] if labelled else item, size) for item in items]),
                    torch.tensor([int(item[1]) for item in items]) if labelled else None)
     pictures = Pictures(*dataset)
+    for split, images, labels in (("training", *pictures[:2]), ("test", *pictures[2:4])):
+        if labels is not None and len(labels) != len(images):
+            raise InputError(f"{len(labels)} {split} labels for {len(images)} {split} pictures; give one label a picture")
     return pictures._replace(train_images=as_uint8(pictures.train_images, size), test_images=None
                              if pictures.test_images is None else as_uint8(pictures.test_images, size))
 
@@ -672,11 +677,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.heads(x)
-        dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu":                               # a few dozen tokens: 3 to 7 times as fast as its CPU kernels
-            x = F.dropout((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1), dropout) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        # For a few dozen tokens torch's fused CPU kernel takes 5 times as long, backwards, as its plain formula
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.projection(rearrange(x, "b h t d -> b t (h d)")), self.dropout, self.training)
 
     def attention_weights(self, x):
@@ -824,7 +827,8 @@ class BatchNorm(nn.BatchNorm1d):
         super().__init__(features, track_running_stats=False)
 
     def forward(self, x):
-        return super().forward(x.flatten(0, -2)).view_as(x)
+        rows = x.flatten(0, -2)
+        return super().forward(rows).view_as(x) if len(rows) > 1 else x                           # one row has no statistics
 
 
 class ProjectionHead(nn.Module):
@@ -874,7 +878,7 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     features (B,K) logits of any finite size, epsilon the temperature → (B,K) fp32 without gradient. Every row sums to
     1, every prototype gets about B / K in all. In the log domain: exp would overflow, or leave rows of 0 / 0.
     """
-    log_q = features.float() / epsilon
+    log_q = (features.float() / epsilon).clamp(-1e30, 1e30)      # so that no difference of two overflows
     for _ in range(num_iters):
         peak = all_reduce(log_q.amax(0), "MAX")                                                   # (K,)
         mass = all_reduce((log_q - peak).exp().sum(0))           # over the samples of all processes; at least 1
@@ -917,8 +921,9 @@ def multi_crop_dino_loss(student_output, targets, student_temp=0.1):
     num_global, num_local = len(targets), len(student_output) - len(targets)
     total = targets.sum(0, keepdim=True)
     others = torch.cat([(total - targets) / (num_global - 1), (total / num_global).expand(num_local, -1, -1)])  # mean target
-    pairs = others.new_tensor([num_global - 1.0] * num_global + [float(num_global)] * num_local)  # so many terms a view
-    return (cross_entropy(student_output, others, student_temp).mean(1) * pairs).sum() / pairs.sum()
+    views = cross_entropy(student_output, others, student_temp).mean(1)                           # (V,)
+    terms = (num_global - 1) * views[:num_global].sum() + num_global * views[num_global:].sum()   # so many pairs a view
+    return terms / (num_global * (num_global - 1 + num_local))
 
 
 def ibot_loss(student_output, teacher_output, mask, teacher_temp=0.04, student_temp=0.1):
@@ -1122,7 +1127,7 @@ class CosineScheduler:
         self.warmup_steps, self.warmup_val = warmup_steps, warmup_val
 
     def get_value(self, step):
-        if step < self.warmup_steps:
+        if step < min(self.warmup_steps, self.total_steps - 1):
             return self.warmup_val + (self.start_val - self.warmup_val) * step / self.warmup_steps
         last = self.total_steps - 1 - self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / last) if last > 0 else 1.0
@@ -1153,7 +1158,7 @@ def make_optimizer(model):
     groups = {"matrices": [], "vectors": [], "prototypes": []}
     for part in model.student_parts():
         for name, parameter in part.named_parameters():
-            is_matrix = sum(size > 1 for size in parameter.shape) >= 2
+            is_matrix = parameter.ndim == 2 or name == "pos_embed"                                # single tokens are (1,n,D)
             groups["prototypes" if name == "prototypes" else "matrices" if is_matrix else "vectors"].append(parameter)
     return torch.optim.AdamW([{"name": name, "params": parameters} for name, parameters in groups.items()], lr=0.0, fused=True)
 
@@ -1206,7 +1211,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     for queries, labels in zip(test_features.split(1024), test_labels.split(1024)):
         cosine, nearest = (unit(queries) @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(queries), classes, device=bank.device)
-        votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
+        votes.scatter_add_(1, train_labels[nearest], ((cosine - cosine[:, :1]) / temperature).exp())
         right += int((votes.argmax(1) == labels).sum())
     return right / len(test_labels)
 
@@ -1237,9 +1242,8 @@ def linear_probe(train_features, train_labels, test_features, test_labels):
     def accuracy(weight, features, labels):
         return ((features @ weight[:-1] + weight[-1]).argmax(1) == labels).float().mean().item()
 
-    with torch.enable_grad():
-        scores = {penalty: accuracy(fit(fitted, penalty), x[held_out], train_labels[held_out]) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)}
-        return accuracy(fit(order, max(scores, key=scores.get)), test, test_labels)
+    scores = {penalty: accuracy(fit(fitted, penalty), x[held_out], train_labels[held_out]) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)}
+    return accuracy(fit(order, max(scores, key=scores.get)), test, test_labels)
 
 
 def rank_me(features):
@@ -1349,9 +1353,9 @@ class Report:
         self.config, self.steps_per_epoch, self.first_step = config, steps_per_epoch, first_step
         self.total_steps, self.step = steps_per_epoch * config.TOTAL_EPOCHS, first_step
         self.every = max(1, min(50, self.total_steps // 100))
-        self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), [], [], []
+        self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history), [], []
         self.path.write_text("".join(json.dumps(record) + "\n" for record in history))
-        self.history, self.started, self.clock, self.seconds = list(history), time.perf_counter(), None, 0.0
+        self.started = time.perf_counter()
         self.bar = tqdm(total=self.total_steps, initial=first_step, unit="step", mininterval=0.5, dynamic_ncols=True)
 
     def record(self, event, **values):
@@ -1382,7 +1386,7 @@ class Report:
         """Pictures a second since the first step, which warms up; tells the whole run's time after six."""
         now = time.perf_counter()
         if done == 1:
-            self.clock = now - 0.0
+            self.clock = now
             return {"pictures_per_second": self.config.BATCH_SIZE / (now - self.started)}
         per_step = (now - self.clock) / (done - 1)
         if done == 6:

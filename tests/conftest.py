@@ -1,0 +1,38 @@
+"""What the tests share: a network small enough for seconds, a run small enough for seconds, every device that is here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dinov2_cifar import Config, make_shapes  # noqa: E402
+
+SMALL = dict(MODEL_SIZE="tiny", MODEL_DIMS={"tiny": (32, 2, 2)}, PATCH_SIZE=8, LOCAL_CROP_SIZE=16, LOCAL_CROPS_NUMBER=2,
+             PROJECTION_DIM=16, HEAD_HIDDEN_DIM=32, HEAD_BOTTLENECK_DIM=16, BATCH_SIZE=8, TOTAL_EPOCHS=1, DEVICE="cpu",
+             PRECISION="fp32", COMPILE=False, DATASET="shapes")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))])
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """→ a maker of small configs that write below a temporary folder: small(LAMBDA_IMG=0.0)."""
+    return lambda **overrides: Config(**{**SMALL, "OUTPUT_DIR": str(tmp_path / "out"), **overrides})
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    """→ 64 training and 32 test pictures with their labels, for `train_dinov2(config, dataset=shapes)`."""
+    return (*make_shapes(64, 32, seed=0), *make_shapes(32, 32, seed=1))
