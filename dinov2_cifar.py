@@ -143,6 +143,7 @@ class Config:
         for name, default in CONSTANTS.items():
             setattr(self, name, typed_like(default, name, overrides.get(name, getattr(cls, name))))
         self.check()
+        self.MODEL_DIMS = {size: tuple(dims) for size, dims in self.MODEL_DIMS.items()}           # JSON has lists
 
     def to_dict(self):
         """→ dict of plain values (bool, int, float, str, tuple, dict); `Config(**d)` brings it back."""
@@ -215,8 +216,10 @@ def typed_like(default, name, value):
         return tuple(typed_like(d, name, v) for d, v in zip(default, value))
     if isinstance(default, float) and type(value) is int:
         value = float(value)
-    if type(value) is not type(default) or isinstance(value, float) and not math.isfinite(value):
+    if type(value) is not type(default):
         raise InputError(f"{name} ({value!r}) must be of type {type(default).__name__}, like {default!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name} ({value!r}) must be a finite number, like {default!r}")
     return deepcopy(value)
 
 
@@ -227,7 +230,8 @@ def parse_arguments(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--quick", action="store_true", help="tiny model, built-in pictures, two minutes: "
                         + ", ".join(f"{k}={v}" for k, v in QUICK.items()))
-    for name, default in Config().to_dict().items():
+    for name in CONSTANTS:
+        default = getattr(Config, name)
         flag = dict(help=comments[name].replace("%", "%%") + f" [{default}]", default=argparse.SUPPRESS)
         if isinstance(default, bool):
             flag.update(action=argparse.BooleanOptionalAction)
@@ -436,8 +440,9 @@ def as_pictures(dataset, size=None):
                    torch.tensor([int(item[1]) for item in items]) if labelled else None)
     pictures = Pictures(*dataset)
     for split, images, labels in (("training", *pictures[:2]), ("test", *pictures[2:4])):
-        if labels is not None and len(labels) != len(images):
-            raise InputError(f"{len(labels)} {split} labels for {len(images)} {split} pictures; give one label a picture")
+        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (len(images),)):
+            raise InputError(f"{split} labels must be a tensor of {len(images)} whole numbers, one a picture, not "
+                             f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(getattr(labels, 'shape', ()))}")
     return pictures._replace(train_images=as_uint8(pictures.train_images, size), test_images=None
                              if pictures.test_images is None else as_uint8(pictures.test_images, size))
 
@@ -532,14 +537,14 @@ def load_npz(path, size, device):
             parts = {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     except KeyError as error:
         raise InputError(f"{path}: {error}; it must hold x_train, y_train, x_test and y_test") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:                                   # NumPy and zlib raise many kinds for a broken file
         raise InputError(f"{path} is not a readable .npz file without pickled objects: {error}") from None
     for split in ("train", "test"):
-        x, y = parts[f"x_{split}"], parts[f"y_{split}"]
+        x, y = np.asarray(parts[f"x_{split}"]), np.asarray(parts[f"y_{split}"])
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
             raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 of shape (N, height, width, 3)")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
-            raise InputError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be {len(x)} whole numbers, one a picture")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
+            raise InputError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be {len(x)} whole numbers from 0, one a picture")
         parts[f"x_{split}"] = as_uint8(torch.from_numpy(x).permute(0, 3, 1, 2), size)
         parts[f"y_{split}"] = torch.from_numpy(y.astype(np.int64))
     return Pictures(parts["x_train"], parts["y_train"], parts["x_test"], parts["y_test"], Path(path).name)
@@ -552,8 +557,7 @@ def load_folder(path, size, device):
 
     def read(file):
         try:
-            with warnings.catch_warnings(), Image.open(file) as picture:
-                warnings.simplefilter("ignore")
+            with Image.open(file) as picture:
                 return as_uint8(picture, size)
         except Exception as error:                               # Pillow raises many kinds for a broken file
             unreadable.append(f"{file} ({error})")
@@ -561,7 +565,8 @@ def load_folder(path, size, device):
     def gather(folder):
         files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
         require_memory(len(files), size, device)
-        with ThreadPoolExecutor() as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:                             # around all threads: the
+            warnings.simplefilter("ignore")                                                       # filters are the process's
             found = [(f, image) for f, image in zip(files, pool.map(read, files)) if image is not None]
         if not found:
             raise InputError(f"{folder} holds no readable picture; give a folder of pictures or of train/<class>/… ones")
@@ -1409,7 +1414,7 @@ class Report:
 
 def show(axes, image, title=""):
     """One picture, (3,H,W) in 0..1 or an (H,W) map, without ticks."""
-    axes.imshow(image.permute(1, 2, 0).clamp(0, 1) if image.ndim == 3 else image, interpolation="nearest")
+    axes.imshow((image.permute(1, 2, 0).clamp(0, 1) if image.ndim == 3 else image).numpy(), interpolation="nearest")
     axes.set_title(title, fontsize=8)
     axes.set_axis_off()
 
@@ -1557,9 +1562,8 @@ def describe(config, model, pictures, steps):
             f"{steps:,} steps of {c.BATCH_SIZE}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
 
 
-def start_or_resume(config, model, optimizer, steps_per_epoch):
-    """→ epochs done and the records of metrics.jsonl that belong to them; loads the checkpoint that RESUME means."""
-    path = find_checkpoint(config)
+def start_or_resume(config, path, model, optimizer):
+    """→ epochs done and the records of metrics.jsonl that belong to them; loads the checkpoint at path, if any."""
     if path is None:
         return 0, []
     states = load_checkpoint(path, model, optimizer)
@@ -1581,6 +1585,7 @@ def train_dinov2(config=None, dataset=None):
     # Settings, pictures, network
     c = config or Config()
     make_output_folder(c)
+    checkpoint = find_checkpoint(c)
     pictures = prepare_pictures(c, dataset)
     torch.manual_seed(c.SEED)
     mean, std = pixel_statistics(pictures.train_images)
@@ -1600,7 +1605,7 @@ def train_dinov2(config=None, dataset=None):
         print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
     else:
         print("no labelled training and test pictures: evaluation is left out")
-    first_epoch, history = start_or_resume(c, model, optimizer, steps_per_epoch)
+    first_epoch, history = start_or_resume(c, checkpoint, model, optimizer)
     report = Report(c, steps_per_epoch, first_epoch * steps_per_epoch, history)
     if not history:
         report.record("start", data=pictures.name, torch=torch.__version__, config=c.to_dict())

@@ -23,7 +23,7 @@ def column(values, device="cpu"):
 def colourful(count, height, width, device="cpu"):
     """Random pixels, with gray, black, white and primary ones among them, where hue and chroma have corners."""
     images = torch.rand(count, 3, height, width)
-    corners = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0.2, 0.7, 0.7]])
+    corners = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0.2, 0.7, 0.7]])
     images[:, :, 0, :len(corners)] = corners.T
     return images.to(device)
 
@@ -72,8 +72,8 @@ def test_a_crop_is_torchvision_s_resized_crop_and_flip(shape, size, scale, devic
     boxes = random_boxes(count, *shape, scale, device)
     expected = []
     for image, flipped, *box in zip(images, flip, *boxes):
-        crop = TF.resized_crop(image, *map(int, box), [size, size], TF.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        expected.append(TF.hflip(crop) if flipped else crop)
+        crop = TF.resized_crop(image, *map(int, box), [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+        expected.append((TF.hflip(crop) if flipped else crop).clamp(0, 1))
     # Two sums of up to 64 fp32 products each, whose weights are up to 1: 1e-5 is 80 times their rounding
     torch.testing.assert_close(crop_and_resize(images, *boxes, flip, size), torch.stack(expected), atol=1e-5, rtol=0)
 
@@ -90,7 +90,8 @@ def test_the_weights_of_a_resized_axis_sum_to_1_and_stay_inside_the_box():
 
 # Boxes
 
-@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.4, 1.0)), (32, 32, (0.1, 0.4)), (48, 90, (0.05, 0.5)), (90, 48, (0.2, 0.3))])
+@pytest.mark.parametrize("height, width, scale", [(32, 32, (0.4, 1.0)), (32, 32, (0.1, 0.4)), (48, 90, (0.05, 0.5)),
+                                                  (90, 48, (0.2, 0.3))])
 def test_boxes_lie_inside_and_keep_their_area_and_shape(height, width, scale):
     top, left, h, w = random_boxes(5000, height, width, scale, "cpu")
     for start, length, side in ((top, h, height), (left, w, width)):
@@ -115,16 +116,18 @@ def test_box_areas_are_uniform_and_every_place_is_reached():
         assert place.min() == 0 and place.max() == 1 and abs(place.mean() - 0.5) < 0.03
 
 
-@pytest.mark.parametrize("height, width, expected", [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))])
+@pytest.mark.parametrize("height, width, expected", [(10, 100, (10, 13)), (100, 10, (13, 10)), (30, 36, (30, 36))])
 def test_where_no_box_fits_the_largest_centred_one_of_a_permitted_shape_is_taken(height, width, expected):
-    boxes = random_boxes(3, height, width, (0.9, 1.0), "cpu")    # by hand: 10 · 4/3 = 13.3 pixels long, from (100 − 13) / 2
-    assert [box.tolist() for box in boxes] == [[float(value)] * 3 for value in expected]
+    top, left, h, w = random_boxes(3, height, width, (0.999, 1.0), "cpu")   # by hand: 10 · 4/3 = 13.3 pixels at most
+    assert h.tolist() == [expected[0]] * 3 and w.tolist() == [expected[1]] * 3
+    for start, length, side in ((top, h, height), (left, w, width)):
+        assert ((2 * start + length - side).abs() <= 1).all()    # the margins differ by a pixel at most
 
 
 def test_global_crops_see_more_of_the_picture_than_local_ones():
     """On a picture whose channels rise to the right and downwards, the range of the values tells how much is seen."""
-    ramp = torch.arange(256, dtype=torch.uint8)
-    picture = torch.stack([ramp.expand(256, 256), ramp.view(-1, 1).expand(256, 256), torch.zeros(256, 256, dtype=torch.uint8)])
+    ramp = torch.arange(256, dtype=torch.uint8).expand(256, 256)
+    picture = torch.stack([ramp, ramp.T, torch.zeros_like(ramp)])
     views = crops_of(picture.expand(16, -1, -1, -1), **STILL, **PLAIN)
     seen = [((v.amax((2, 3)) - v.amin((2, 3)))[:, :2].prod(1)).mean().item() for v in views]
     assert len(seen) == 8 and min(seen[:2]) > 2 * max(seen[2:])
@@ -214,7 +217,8 @@ def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
     picture = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     picture[..., 4:] = 255                                       # bright on the right
     for flip, expected in ((True, 0.5), (False, 0.0)):
-        crops = crops_of(picture.expand(2000, -1, -1, -1), global_crops=1, local_crops=0, global_scale=(0.9, 1.0), **{**STILL, "flip": flip})[0]
+        settings = dict(global_crops=1, local_crops=0, global_scale=(0.9, 1.0), **{**STILL, "flip": flip})
+        crops = crops_of(picture.expand(2000, -1, -1, -1), **settings)[0]
         mirrored = share_of(crops, lambda crop: crop[:, :, 0].mean() > crop[:, :, -1].mean())
         assert abs(mirrored - expected) < (0.05 if flip else 1e-9)   # four and a half standard deviations of 2,000 coins
 
@@ -230,7 +234,8 @@ def test_grayscale_has_its_share_and_equal_channels(prob):
 @pytest.mark.parametrize("prob", [0.0, 0.8, 1.0])
 def test_colours_change_in_their_share_of_the_crops_and_within_their_strength(prob):
     picture = torch.full((1500, 3, 8, 8), 100, dtype=torch.uint8)
-    crops = crops_of(picture, global_crops=1, local_crops=0, flip=False, grayscale_prob=0.0, jitter=(0.4, 0.0, 0.0, 0.0), jitter_prob=prob, **PLAIN)[0]
+    brightness_only = {**STILL, "jitter": (0.4, 0.0, 0.0, 0.0), "jitter_prob": prob}
+    crops = crops_of(picture, global_crops=1, local_crops=0, **brightness_only, **PLAIN)[0]
     factor = crops.mean((1, 2, 3)) / (100 / 255)
     changed = ((factor - 1).abs() > 1e-4).float().mean().item()
     assert abs(changed - prob) < (0.05 if 0 < prob < 1 else 0.01)
@@ -241,7 +246,7 @@ def test_colours_change_in_their_share_of_the_crops_and_within_their_strength(pr
 def test_the_four_adjustments_come_in_every_order(monkeypatch):
     called = []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(dinov2_cifar, f"adjust_{name}", lambda x, strength, name=name: called.append(name) or x)
+        monkeypatch.setattr(dinov2_cifar, f"adjust_{name}", lambda x, factor, name=name: called.append(name) or x)
     crops_of(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), global_size=2, global_crops=300, local_crops=0)
     orders = {tuple(called[i:i + 4]) for i in range(0, len(called), 4)}
     assert len(called) == 1200 and len(orders) == math.factorial(4) and all(len(set(order)) == 4 for order in orders)
@@ -249,8 +254,9 @@ def test_the_four_adjustments_come_in_every_order(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 8, 8), torch.zeros(2, 3, 8, 8), torch.zeros(8, 8, 3, dtype=torch.uint8),
                                    torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8),
-                                   torch.zeros(2, 3, 8, 8, dtype=torch.int64), torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8),
-                                   np.zeros((3, 8, 8), np.uint8), "picture.png", None],
+                                   torch.zeros(2, 3, 8, 8, dtype=torch.int64),
+                                   torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), np.zeros((3, 8, 8), np.uint8),
+                                   "picture.png", None],
                          ids=lambda w: f"{getattr(w, 'dtype', w)} {tuple(getattr(w, 'shape', ()))}")
 def test_anything_but_a_picture_or_a_batch_of_bytes_is_refused(wrong):
     with pytest.raises(InputError, match="uint8"):
@@ -279,7 +285,7 @@ def test_a_data_set_s_crops_are_of_the_pictures_asked_for():
 @pytest.mark.parametrize("kind", ["pairs", "pictures", "labelled tensors"])
 def test_a_data_set_is_made_of_whatever_a_notebook_has(kind, pictures):
     pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pictures]
-    given = {"pairs": [(p, 1) for p in pil], "pictures": pil, "labelled tensors": (pictures, torch.zeros(8))}[kind]
+    given = {"pairs": [(p, 1) for p in pil], "pictures": pil, "labelled tensors": (pictures, torch.arange(8))}[kind]
     assert torch.equal(MultiCropDataset(given, MultiCropTransform()).images, pictures)
 
 
