@@ -24,6 +24,7 @@ import random
 import re
 import socket
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -38,7 +39,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -79,7 +79,7 @@ class Config:
     # The heads
     PROJECTION_DIM = 128  # K, number of prototypes: about BATCH_SIZE for a short run; 512 to 4,096 for a long one, 65,536 on ImageNet
     HEAD_HIDDEN_DIM = 512  # width of the heads' two hidden layers
-    HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes; below K, so that no direction is far from all prototypes
+    HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes; at most K, so that no direction is far from all prototypes
     HEAD_BATCH_NORM = True  # batch normalisation in the heads: removes what all features share, so that short runs learn
 
     # The views
@@ -129,7 +129,7 @@ class Config:
     SEED = 0  # the same seed gives the same weights, bit for bit on a CPU
     DEVICE = best_device()  # "cuda", "cuda:1", "mps" or "cpu"; by default the fastest that is there
     PRECISION = "auto"  # "bf16": bfloat16 autocast; "fp32"; "auto": bf16 where the hardware multiplies it fast
-    COMPILE = True  # torch.compile the networks where it pays, which is on CUDA; off by itself without a compiler
+    COMPILE = True  # torch.compile the networks where it pays, which is on CUDA; off by itself without Triton
     EVAL_EVERY = 1  # epochs between evaluations (0: only at the end)
     SAVE_EVERY = 10  # epochs between checkpoints that are kept (0: only the last one)
     RESUME = ""  # checkpoint to go on from; "newest", or the flag alone: the newest in OUTPUT_DIR (empty: start afresh)
@@ -168,7 +168,7 @@ class Config:
             require(isinstance(dims, (tuple, list)) and len(dims) == 3 and all(type(d) is int and d > 0 for d in dims),
                     f"MODEL_DIMS[{size!r}] ({dims}) must be three whole numbers: width, depth, heads")
             require(dims[0] % dims[2] == 0, f"MODEL_DIMS[{size!r}]: width {dims[0]} must be a multiple of its {dims[2]} heads")
-        for name in ("IMAGE_SIZE", "GLOBAL_CROP_SIZE", "LOCAL_CROP_SIZE"):
+        for name in ("IMAGE_SIZE", "GLOBAL_CROP_SIZE") + ("LOCAL_CROP_SIZE",) * (c.LOCAL_CROPS_NUMBER > 0):
             require(getattr(c, name) % c.PATCH_SIZE == 0,
                     f"{name} ({getattr(c, name)}) must be a multiple of PATCH_SIZE ({c.PATCH_SIZE})")
         for name in ("GLOBAL_CROPS_SCALE", "LOCAL_CROPS_SCALE"):
@@ -177,8 +177,11 @@ class Config:
         require(c.COLOR_JITTER[3] <= 0.5, f"COLOR_JITTER: hue ({c.COLOR_JITTER[3]}) must lie between 0 and 0.5")
         require(c.MASK_RATIO <= 0.6 * c.MASK_PROB, f"MASK_RATIO ({c.MASK_RATIO}) must be at most 0.6 times MASK_PROB "
                 f"({c.MASK_PROB}): the most masked crop hides 5/3 of their quotient")
-        require(c.LAMBDA_IMG + c.LAMBDA_PATCH + c.LAMBDA_KOLEO > 0, "LAMBDA_IMG, LAMBDA_PATCH and LAMBDA_KOLEO are all 0: "
-                "nothing is left to learn; raise one of them")
+        masked = round(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE * c.MASK_PROB)
+        require(masked or not c.MASK_RATIO, f"MASK_PROB ({c.MASK_PROB}) masks none of the {c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE} global "
+                "crops of a batch; raise it, or set MASK_RATIO 0")
+        require(c.LAMBDA_IMG + c.LAMBDA_PATCH * bool(c.MASK_RATIO) + c.LAMBDA_KOLEO > 0, "LAMBDA_IMG, LAMBDA_KOLEO and LAMBDA_PATCH (or "
+                "MASK_RATIO) are all 0: nothing is left to learn; raise one of them")
         try:
             torch.zeros(1, device=c.DEVICE)
         except Exception:  # torch raises several kinds: unknown name, not compiled in, no such index
@@ -232,7 +235,7 @@ def parse_arguments(argv=None):
                         + ", ".join(f"{k}={v}" for k, v in QUICK.items()))
     for name in CONSTANTS:
         default = getattr(Config, name)
-        flag = dict(help=comments[name].replace("%", "%%") + f" [{default}]", default=argparse.SUPPRESS)
+        flag = dict(help=comments.get(name, "").replace("%", "%%") + f" [{default}]", default=argparse.SUPPRESS)
         if isinstance(default, bool):
             flag.update(action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
@@ -355,7 +358,7 @@ class MultiCropTransform:
         if images.dtype != torch.uint8 or images.shape[1] != 3:
             raise InputError(f"pictures must be uint8 of shape (B,3,H,W), not {images.dtype} {tuple(images.shape)}")
         pixels = images.float() / 255
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        mean, std = (t.to(images.device, non_blocking=True) for t in (self.mean, self.std))
         return [(self.view(pixels, size, scale) - mean) / std for size, scale in self.views]
 
     def view(self, pixels, size, scale):
@@ -391,7 +394,7 @@ class MultiCropDataset(torch.utils.data.Dataset):
         return self.transform(self.images[index])
 
     def __getitems__(self, indices):
-        return self.transform(self.images[torch.as_tensor(indices, device=self.images.device)])
+        return self.transform(self.images[torch.as_tensor(indices).to(self.images.device, non_blocking=True)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,7 +425,9 @@ def as_uint8(picture, size=None):
         raise InputError(f"a picture must be a PIL image or a uint8 tensor of shape (3,H,W) or (N,3,H,W), not "
                          f"{getattr(picture, 'dtype', type(picture).__name__)} {tuple(getattr(picture, 'shape', ()))}")
     if size and picture.shape[-2:] != (size, size):
-        picture = TF.center_crop(TF.resize(picture, size, TF.InterpolationMode.BICUBIC, antialias=True), size)
+        parts = picture.split(1024) if picture.ndim == 4 else [picture]                           # resizing works in floats
+        parts = [TF.center_crop(TF.resize(part, size, TF.InterpolationMode.BICUBIC, antialias=True), size) for part in parts]
+        picture = torch.cat(parts) if picture.ndim == 4 else parts[0]
     return picture
 
 
@@ -440,9 +445,12 @@ def as_pictures(dataset, size=None):
                    torch.tensor([int(item[1]) for item in items]) if labelled else None)
     pictures = Pictures(*dataset)
     for split, images, labels in (("training", *pictures[:2]), ("test", *pictures[2:4])):
-        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (len(images),)):
-            raise InputError(f"{split} labels must be a tensor of {len(images)} whole numbers, one a picture, not "
+        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (len(images),)
+                                   or labels.min() < 0):
+            raise InputError(f"{split} labels must be a tensor of {len(images)} whole numbers from 0, one a picture, not "
                              f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(getattr(labels, 'shape', ()))}")
+    pictures = pictures._replace(**{name: getattr(pictures, name).long() for name in ("train_labels", "test_labels")
+                                    if getattr(pictures, name) is not None})
     return pictures._replace(train_images=as_uint8(pictures.train_images, size), test_images=None
                              if pictures.test_images is None else as_uint8(pictures.test_images, size))
 
@@ -521,7 +529,7 @@ def load_cifar(name, root):
         try:
             with network_timeout(10):
                 parts = [source(root, train, download=True) for train in (True, False)]
-        except (OSError, RuntimeError) as error:
+        except Exception as error:                               # a network fails in many kinds
             raise InputError(f"{name} is not in DATA_PATH ({root!r}) and could not be downloaded ({error}); put "
                              f"{source.filename} there, or use --dataset shapes") from None
     return Pictures(*[t for part in parts for t in (torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))],
@@ -545,6 +553,7 @@ def load_npz(path, size, device):
             raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 of shape (N, height, width, 3)")
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
             raise InputError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be {len(x)} whole numbers from 0, one a picture")
+        require_memory(len(x), size, device)
         parts[f"x_{split}"] = as_uint8(torch.from_numpy(x).permute(0, 3, 1, 2), size)
         parts[f"y_{split}"] = torch.from_numpy(y.astype(np.int64))
     return Pictures(parts["x_train"], parts["y_train"], parts["x_test"], parts["y_test"], Path(path).name)
@@ -616,6 +625,8 @@ def load_pictures(config):
 
 
 def load_shapes(size):
+    if size > 64:
+        raise InputError(f"IMAGE_SIZE ({size}) is above the 64 pixels that the built-in shapes are drawn at; lower it or give pictures")
     return Pictures(*make_shapes(2048, size, seed=0), *make_shapes(512, size, seed=1), name="shapes")
 
 
@@ -639,7 +650,7 @@ def prepare_pictures(config, dataset=None):
 def pixel_statistics(images):
     """(N,3,H,W) uint8 → mean and standard deviation of each channel in 0..1, as two lists of three numbers."""
     flat = images.transpose(0, 1).flatten(1)
-    counts = torch.stack([torch.bincount(channel.int(), minlength=256) for channel in flat]).double().cpu()  # exact and small
+    counts = torch.stack([torch.bincount(channel.int(), minlength=256) for channel in flat]).cpu().double()  # exact, small; MPS has no double
     level = torch.arange(256, dtype=torch.double) / 255
     mean = (counts * level).sum(1) / counts.sum(1)
     std = ((counts * (level - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
@@ -911,7 +922,7 @@ def teacher_distribution(teacher_output, teacher_temp):
 
 
 def dino_loss(student_output, teacher_output, teacher_temp=0.04, student_temp=0.1):
-    """Image-level loss of matching rows (DINO, equation 1): student logits (…,K), teacher logits (…,K) → scalar mean.
+    """Image-level loss of matching rows (DINO, equation 2): student logits (…,K), teacher logits (…,K) → scalar mean.
 
     With teacher_temp=None the teacher's rows already are distributions, such as Sinkhorn-Knopp's.
     """
@@ -1269,7 +1280,12 @@ def evaluate(model, pictures, linear=False):
 
 
 def raw_pixel_accuracy(pictures, mean, std):
-    """k-NN accuracy of the normalised pixels themselves: what a network must beat to have learned anything."""
+    """k-NN accuracy of the normalised pixels themselves: what a network must beat to have learned anything.
+
+    Floats take four times the room of pictures, so a bank of more than 50,000 is thinned to every n-th picture.
+    """
+    every = math.ceil(len(pictures.train_images) / 50_000)
+    pictures = pictures._replace(train_images=pictures.train_images[::every], train_labels=pictures.train_labels[::every])
     mean, std = (torch.tensor(t, device=pictures.train_images.device).view(3, 1, 1) for t in (mean, std))
     train, test = (((part.float() / 255 - mean) / std).flatten(1) for part in (pictures.train_images, pictures.test_images))
     return knn_accuracy(train, pictures.train_labels, test, pictures.test_labels)
@@ -1288,13 +1304,22 @@ STATE_KEYS = {"student": "student_state_dict", "teacher": "teacher_state_dict", 
               "teacher_patch_head": "teacher_patch_head_state_dict"}
 
 
+def device_random_state(device, state=None):
+    """→ the state of a GPU's generator, None on a CPU; given a state, sets it."""
+    if device.type == "cpu":
+        return None
+    get, put = (getattr(getattr(torch, device.type), name) for name in ("get_rng_state", "set_rng_state"))
+    which = [device] if device.type == "cuda" else []             # MPS has one generator
+    return get(*which) if state is None else put(state, *which)
+
+
 def save_checkpoint(path, model, optimizer, epoch, step, data=""):
     """Writes all that a run needs to go on, beside its name first and then renamed: no half file is ever seen."""
     device = torch.device(model.config.DEVICE)
     states = {key: getattr(model, part).state_dict() for part, key in STATE_KEYS.items()}
     states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=optimizer.state_dict(),
                   random_state=torch.get_rng_state(),
-                  device_random_state=None if device.type == "cpu" else getattr(torch, device.type).get_rng_state())
+                  device_random_state=device_random_state(device))
     temporary = Path(f"{path}.tmp")
     torch.save(states, temporary)
     temporary.replace(path)
@@ -1323,9 +1348,8 @@ def load_checkpoint(path, model, optimizer=None):
     if optimizer is not None:
         optimizer.load_state_dict(states["optimizer_state_dict"])
         torch.set_rng_state(states["random_state"].cpu())
-        device = torch.device(model.config.DEVICE)
-        if device.type != "cpu" and states["device_random_state"] is not None:
-            getattr(torch, device.type).set_rng_state(states["device_random_state"].cpu())
+        if states["device_random_state"] is not None:
+            device_random_state(torch.device(model.config.DEVICE), states["device_random_state"].cpu())
     return states
 
 
@@ -1361,9 +1385,14 @@ class Report:
         self.total_steps, self.step = steps_per_epoch * config.TOTAL_EPOCHS, first_step
         self.every = max(1, min(50, self.total_steps // 100))
         self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history), [], []
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in history))
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in history))
+        temporary.replace(self.path)
+
+    def start(self):
+        """The clock and the bar run from here."""
         self.started = time.perf_counter()
-        self.bar = tqdm(total=self.total_steps, initial=first_step, unit="step", mininterval=0.5, dynamic_ncols=True)
+        self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", mininterval=0.5, dynamic_ncols=True)
 
     def record(self, event, **values):
         self.history.append({"event": event, **values})
@@ -1380,6 +1409,9 @@ class Report:
         done = self.step - self.first_step
         if self.step % self.every == 0 or self.step % self.steps_per_epoch == 0 or done in (1, 6):
             means = torch.stack(self.window).mean(0).tolist()    # waits for the device here
+            if not all(map(math.isfinite, means)):
+                raise InputError(f"the loss is not finite at step {self.step}; try PRECISION fp32, then a lower LEARNING_RATE "
+                                 f"({self.config.LEARNING_RATE})")
             row = {"step": self.step, **dict(zip(values, means)), **settings, **self.speed(done)}
             self.epoch_rows += [row] * len(self.window)
             self.window = []
@@ -1396,12 +1428,12 @@ class Report:
             self.clock = now
             return {"pictures_per_second": self.config.BATCH_SIZE / (now - self.started)}
         per_step = (now - self.clock) / (done - 1)
-        if done == 6:
+        if done == 6 and self.step < self.total_steps:
             left = per_step * (self.total_steps - self.step)
             self.say(f"estimated time: {left / 60:.1f} minutes for the {self.total_steps - self.step:,} steps left")
             if left > 3600 and torch.device(self.config.DEVICE).type == "cpu":
                 self.say("That is over an hour on this CPU. For a first look: --quick. To shorten the run, lower TOTAL_EPOCHS, "
-                         "TRAIN_IMAGES or LOCAL_CROPS_NUMBER, or set MODEL_SIZE tiny, PATCH_SIZE 8, LOCAL_CROP_SIZE 16.")
+                         "TRAIN_IMAGES or LOCAL_CROPS_NUMBER, or set MODEL_SIZE tiny and PATCH_SIZE 8.")
         return {"pictures_per_second": self.config.BATCH_SIZE / per_step}
 
     def end_epoch(self, epoch, scores):
@@ -1426,9 +1458,15 @@ def save_figure(figure, path):
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+def new_figure(width, height, **options):
+    """→ a figure of so many inches, without pyplot, which needs a display and keeps global state."""
+    from matplotlib.figure import Figure                         # only here: its import may write a font cache
+    return Figure(figsize=(width, height), **options)
+
+
 def grid_figure(rows, columns):
-    """→ a figure and its (rows, columns) axes; made without pyplot, which needs a display and keeps global state."""
-    figure = Figure(figsize=(1.1 * columns, 1.2 * rows))
+    """→ a figure and its (rows, columns) axes."""
+    figure = new_figure(1.1 * columns, 1.2 * rows)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -1452,7 +1490,7 @@ def draw_views(config, transform, images, path):
 
 def draw_curves(config, history, path):
     """Six panels over the steps: losses with ln K and the teacher's entropy, KoLeo, k-NN, rank, learning rate, momentum."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = new_figure(13, 6.5, layout="constrained")
     axes = figure.subplots(2, 3).flatten()
     steps, epochs = ([r for r in history if r["event"] == event] for event in ("step", "epoch"))
     baseline = next((r for r in history if r["event"] == "baseline"), {})
@@ -1492,7 +1530,7 @@ def draw_pca(backbone, images, path):
     _, patches = backbone.forward((images.float() / 255 - backbone.pixel_mean) / backbone.pixel_std)
     flat = patches.float().cpu().flatten(0, 1)
     flat = flat - flat.mean(0)
-    scores = flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T                          # (pictures · N, 3)
+    scores = F.pad(flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T, (0, 3))[:, :3]    # (pictures · N, 3)
     low, high = scores.quantile(0.02, 0), scores.quantile(0.98, 0)
     colours = ((scores - low) / (high - low).clamp(min=1e-9)).unflatten(0, (len(images), -1))
     figure, axes = grid_figure(2, len(images))
@@ -1523,7 +1561,8 @@ def autocast(config):
 def can_compile(config):
     """True where torch.compile pays and works: COMPILE, CUDA, and Triton installed."""
     if config.COMPILE and torch.device(config.DEVICE).type == "cuda":
-        if torch.utils._triton.has_triton():
+        from torch.utils._triton import has_triton
+        if has_triton():
             return True
         print("no Triton here: COMPILE is off")
     return False
@@ -1564,18 +1603,46 @@ def describe(config, model, pictures, steps):
             f"{steps:,} steps of {c.BATCH_SIZE}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
 
 
-def start_or_resume(config, path, model, optimizer):
-    """→ epochs done and the records of metrics.jsonl that belong to them; loads the checkpoint at path, if any."""
+def start_or_resume(config, path, model, optimizer, data):
+    """→ epochs done and the records of metrics.jsonl that belong to them; loads the checkpoint at path, if any.
+
+    data: the pictures' name; a run does not go on with other ones. A fresh start puts an earlier run's files aside.
+    """
     if path is None:
+        put_aside(config.OUTPUT_DIR)
         return 0, []
     states = load_checkpoint(path, model, optimizer)
+    if states["data"] != data:
+        raise InputError(f"{path} was trained on {states['data']}, these pictures are {data}; give DATASET the same ones")
+    if states["epoch"] >= config.TOTAL_EPOCHS:
+        raise InputError(f"{path} has done {states['epoch']} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
     now = config.to_dict()
     changed = [f"{name}: saved {value}, now {now.get(name)}" for name, value in states["config"].items()
                if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now.get(name) != value]
     print("\n".join([f"going on after epoch {states['epoch']} of {path}", *changed]))
-    metrics = Path(config.OUTPUT_DIR, "metrics.jsonl")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    records = read_metrics(Path(path).with_name("metrics.jsonl"))
     return states["epoch"], [r for r in records if r["event"] != "final" and r.get("step", 0) <= states["step"]]
+
+
+def put_aside(folder):
+    """Moves the checkpoints and metrics of an earlier run into a folder of their own: a fresh start overwrites nothing."""
+    old = [p for p in (*Path(folder).glob("dinov2_*.pth"), Path(folder, "metrics.jsonl")) if p.exists() and p.stat().st_size]
+    if old:
+        aside = Path(tempfile.mkdtemp(prefix=time.strftime("earlier-%Y%m%d-%H%M%S-"), dir=folder))
+        for path in old:
+            path.rename(aside / path.name)
+        print(f"an earlier run's checkpoints and metrics are now in {aside}; --resume would have gone on from them")
+
+
+def read_metrics(path):
+    """→ the records of a metrics.jsonl, [] where there is none; a line that a crash cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def train_dinov2(config=None, dataset=None):
@@ -1598,20 +1665,22 @@ def train_dinov2(config=None, dataset=None):
     schedules = Schedules(c, steps_per_epoch * c.TOTAL_EPOCHS)
     masked_patches = sum(mask_counts(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2, c.MASK_RATIO, c.MASK_PROB))
 
-    # Where the features stand before training, and where the run stands
-    print(describe(c, model, pictures, steps_per_epoch * c.TOTAL_EPOCHS))
-    evaluates = pictures.train_labels is not None and pictures.test_labels is not None
-    baseline = {}
-    if evaluates:
-        baseline = {**evaluate(model, pictures, linear=True), "raw_pixels_knn": raw_pixel_accuracy(pictures, mean, std)}
-        print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
-    else:
-        print("no labelled training and test pictures: evaluation is left out")
-    first_epoch, history = start_or_resume(c, checkpoint, model, optimizer)
+    # Where the run stands, and where the features stood before training
+    first_epoch, history = start_or_resume(c, checkpoint, model, optimizer, pictures.name)
     report = Report(c, steps_per_epoch, first_epoch * steps_per_epoch, history)
+    print(describe(c, model, pictures, report.total_steps))
+    evaluates = pictures.train_labels is not None and pictures.test_labels is not None
+    if not evaluates:
+        print("no labelled training and test pictures: evaluation is left out")
+    baseline = next((record for record in history if record["event"] == "baseline"), {})
     if not history:
+        if evaluates:
+            baseline = {**evaluate(model, pictures, linear=True), "raw_pixels_knn": raw_pixel_accuracy(pictures, mean, std)}
         report.record("start", data=pictures.name, torch=torch.__version__, config=c.to_dict())
         report.record("baseline", **baseline)
+    if "knn" in baseline:
+        print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
+    report.start()
 
     # The epochs
     for epoch in range(first_epoch, c.TOTAL_EPOCHS):
@@ -1660,11 +1729,12 @@ def finish(model, pictures, transform, report, baseline):
     draw_attention(model.teacher, images, folder / "attention.png")
     draw_pca(model.teacher, images, folder / "pca.png")
     if "knn" in scores:
+        rows = {"raw pixels": {"knn": baseline.get("raw_pixels_knn")}, "untrained network": baseline, "trained teacher": scores}
         print(f"\n{pictures.name}: {len(pictures.train_images):,} training and {len(pictures.test_images):,} test pictures\n"
-              f"{'':20}{'k-NN':>8}{'linear':>8}{'RankMe':>8}\n"
-              f"{'raw pixels':20}{baseline['raw_pixels_knn']:8.1%}\n"
-              f"{'untrained network':20}{baseline['knn']:8.1%}{baseline['linear']:8.1%}{baseline['rank']:8.1f}\n"
-              f"{'trained teacher':20}{scores['knn']:8.1%}{scores['linear']:8.1%}{scores['rank']:8.1f}")
+              f"{'':20}{'k-NN':>8}{'linear':>8}{'RankMe':>8}")
+        for name, row in rows.items():
+            print(f"{name:20}" + "".join(f"{row[key]:8{form}}" for key, form in (("knn", ".1%"), ("linear", ".1%"), ("rank", ".1f"))
+                                         if row.get(key) is not None))
     print(f"{seconds / 60:.1f} minutes; checkpoints, metrics.jsonl and figures in {c.OUTPUT_DIR}")
 
 

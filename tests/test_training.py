@@ -1,6 +1,7 @@
 """Checkpoints, reporting, figures, the loop, the command line, and every command that the README shows."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -45,20 +46,21 @@ def flags(**settings):
 
 def test_an_import_prints_nothing_writes_nothing_draws_nothing_and_changes_no_setting(tmp_path):
     code = """
-import random, sys, numpy, torch, matplotlib, warnings, socket
+import random, sys, numpy, torch, socket
 def state():
     return (random.getstate(), numpy.random.get_state()[1].tobytes(), torch.get_rng_state().numpy().tobytes(), torch.get_default_dtype(),
             torch.get_num_threads(), torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark,
             torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cuda.flash_sdp_enabled(), socket.getdefaulttimeout(), dict(matplotlib.rcParams), 'matplotlib.pyplot' in sys.modules,
+            torch.backends.cuda.flash_sdp_enabled(), socket.getdefaulttimeout(), 'matplotlib.pyplot' in sys.modules,
             torch.multiprocessing.get_sharing_strategy(), numpy.geterr())
 before = state()
 import dinov2_cifar
 changed = [i for i, (a, b) in enumerate(zip(before, state())) if a != b]
 assert not changed, changed
 """
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True)
+    cache = tmp_path / "cache"                                    # a new machine: matplotlib would write its list of fonts here
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "HOME": str(cache), "MPLCONFIGDIR": str(cache), "XDG_CACHE_HOME": str(cache)})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
@@ -161,6 +163,44 @@ def test_a_run_cut_off_after_an_epoch_resumes_to_the_same_weights(small, shapes,
     assert [row["epoch"] for row in records(config.OUTPUT_DIR, "epoch")] == [1, 2, 3]
     steps = [row["step"] for row in records(config.OUTPUT_DIR, "step")]
     assert steps == sorted(set(steps)) and steps[-1] == 24
+
+
+def test_a_fresh_start_puts_an_earlier_run_aside(small, shapes, capsys):
+    config = small()
+    train_dinov2(config, dataset=shapes)
+    first = {p.name: p.read_bytes() for p in Path(config.OUTPUT_DIR).iterdir() if p.is_file()}
+    train_dinov2(small(SEED=1), dataset=shapes)
+    (aside,) = Path(config.OUTPUT_DIR).glob("earlier-*")
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == first
+    assert "earlier" in capsys.readouterr().out
+    assert len(records(config.OUTPUT_DIR, "start")) == 1
+
+
+def test_resume_refuses_other_pictures_and_a_run_that_is_done(small, shapes, tmp_path):
+    config = small()
+    train_dinov2(config, dataset=shapes)
+    with pytest.raises(InputError, match=r"TOTAL_EPOCHS \(1\)"):
+        train_dinov2(small(RESUME="newest"), dataset=shapes)
+    with pytest.raises(InputError, match="was trained on your pictures, these pictures are others"):
+        train_dinov2(small(RESUME="newest", TOTAL_EPOCHS=2), dataset=(*shapes, "others"))
+
+
+def test_resume_reads_the_history_beside_the_checkpoint_and_forgives_half_a_line(small, shapes):
+    config = small()
+    train_dinov2(config, dataset=shapes)
+    with open(Path(config.OUTPUT_DIR, "metrics.jsonl"), "a") as file:
+        file.write('{"event": "epo')
+    elsewhere = config.OUTPUT_DIR + "-other"
+    train_dinov2(small(RESUME=str(Path(config.OUTPUT_DIR, "dinov2_last.pth")), TOTAL_EPOCHS=2, OUTPUT_DIR=elsewhere), dataset=shapes)
+    assert [row["epoch"] for row in records(elsewhere, "epoch")] == [1, 2]
+    assert len(records(elsewhere, "baseline")) == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(small, shapes, monkeypatch):
+    step = dinov2_cifar.train_step
+    monkeypatch.setattr(dinov2_cifar, "train_step", lambda *a: {name: value * math.nan for name, value in step(*a).items()})
+    with pytest.raises(InputError, match="not finite at step 1; try PRECISION fp32"):
+        train_dinov2(small(), dataset=shapes)
 
 
 def test_resume_without_a_checkpoint_starts_afresh_with_a_word(small, capsys):
