@@ -77,10 +77,10 @@ class Config:
     DROPOUT = 0.0  # dropout in the student's attention and MLPs; 0 in the published recipe
 
     # The heads
-    PROJECTION_DIM = 128  # K, number of prototypes: about BATCH_SIZE for a short run; 512 to 4,096 for a long one, 65,536 on ImageNet
+    PROJECTION_DIM = 128  # K, number of prototypes: more make finer targets; 512 to 4,096 for small pictures, 65,536 on ImageNet
     HEAD_HIDDEN_DIM = 512  # width of the heads' two hidden layers
-    HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes; at most K, so that no direction is far from all prototypes
-    HEAD_BATCH_NORM = True  # batch normalisation in the heads: removes what all features share, so that short runs learn
+    HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes
+    HEAD_BATCH_NORM = True  # batch normalisation in the heads: removes what all features share
 
     # The views
     GLOBAL_CROPS_NUMBER = 2  # G, crops that the teacher sees too; at least 2
@@ -117,7 +117,7 @@ class Config:
     WEIGHT_DECAY_END = 0.4  # the same at the last step, reached by cosine
     EMA_START = 0.9  # momentum of the teacher at the first step: 0.9 for some thousand steps, 0.99 and more for long runs
     EMA_END = 1.0  # the same at the last step, reached by cosine
-    FREEZE_PROTOTYPES = 1.0  # share of the run in which the heads' last layer stands still; below 1 short runs tend to uniform targets
+    FREEZE_PROTOTYPES = 1.0  # share of the run in which the heads' last layer stands still; learned prototypes cost a short run accuracy
     CLIP_GRAD = 3.0  # largest gradient norm; longer gradients are shortened to it (0: no clipping)
     TOTAL_EPOCHS = 2  # passes over the pictures; every schedule stretches with them
 

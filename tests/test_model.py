@@ -424,3 +424,15 @@ def test_gradients_reach_every_part_of_the_student_and_nothing_of_the_teacher(sm
     model(make_views(config), half_mask(config), 0.04)["loss"].backward()
     for teacher, student in pairs(model):
         assert teacher.grad is None and student.grad is not None and student.grad.abs().sum() > 0
+
+
+def test_the_heads_logits_stay_in_fp32_under_autocast(device):
+    """Over a temperature of 0.02 a bfloat16 cosine would be off by up to 0.2: targets are to be those of fp32 products."""
+    head = ProjectionHead(32, 64, 32, 16).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        x = head.layers(torch.randn(8, 32, device=device))
+        head.layers = torch.nn.Identity()
+        logits = head(x)
+    wanted = torch.nn.functional.normalize(x.float(), dim=1) @ torch.nn.functional.normalize(head.prototypes, dim=1).T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
