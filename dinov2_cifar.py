@@ -206,7 +206,7 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=64, LEARNING_RATE=4e-3, TOTAL_EPOCHS=16,
+QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=1024, LEARNING_RATE=4e-3, TOTAL_EPOCHS=20,
              LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=4,
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
@@ -459,8 +459,7 @@ def make_shapes(count, size=32, seed=0):
     """Ten classes of shape, drawn with NumPy → images uint8 (count,3,size,size), labels int64 (count,).
 
     Disc, ring, square, frame, triangle, plus, star, crescent, bow tie, ell: the class tells the shape and nothing else.
-    Colours (the shape has the lightest of three), size, place, a tilt of up to 15°, the background's gradient and its
-    noise are drawn alike for all classes.
+    Colours, size, place, a tilt of up to 15°, the background's gradient and its noise are drawn alike for all classes.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % 10)
@@ -482,10 +481,9 @@ def make_shapes(count, size=32, seed=0):
                         (r < 1) & (np.hypot(a - 0.5, b) > 0.8), (abs(b) < 0.9 * abs(a)) & (abs(a) < 0.9),
                         (larger < 0.85) & ~((a > -0.2) & (b < 0.2)))[label]
     alpha = inside.reshape(count, size, 3, size, 3).mean((2, 4))[:, None]                         # (count, 1, size, size)
-    colour = rng.uniform(0, 1, (3, count, 3, 1, 1))
-    light = (colour * np.array([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(2, keepdims=True)
-    colour = np.take_along_axis(colour, light.argsort(0)[::-1], 0)                                # shape, background from, to
-    colour[0] += 0.15                                                                             # so that none is invisible
+    colour = rng.uniform(0, 1, (3, count, 3, 1, 1))                                               # shape, background from, to
+    near = np.linalg.norm(colour[0] - colour[1:].mean(0), axis=1, keepdims=True) < 0.5
+    colour[0] = np.where(near, (colour[1:].mean(0) + 0.5) % 1, colour[0])                         # a shape must be visible
     angle = rng.uniform(0, 2 * np.pi, (count, 1, 1, 1))
     place = (np.arange(size) + 0.5) / size - 0.5
     slope = 0.5 + 0.7 * (np.cos(angle) * place + np.sin(angle) * place[:, None])
