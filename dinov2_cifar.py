@@ -16,6 +16,7 @@ pixels, N patches of a crop, T = 1 + registers + N tokens, D width, K prototypes
 """
 
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -29,7 +30,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,7 +42,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -687,19 +687,27 @@ class MultiHeadAttention(nn.Module):
 
     def heads(self, x):
         """→ queries, keys, values, (B, heads, T, D / heads) each."""
-        return rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        return [rearrange(part, "b t (h d) -> b h t d", h=self.num_heads) for part in self.qkv(x).chunk(3, -1)]
 
-    def forward(self, x):
+    def forward(self, x, rows=None):
         q, k, v = self.heads(x)
-        # For a few dozen tokens torch's fused CPU kernel takes 5 times as long, backwards, as its plain formula
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.projection(rearrange(x, "b h t d -> b t (h d)")), self.dropout, self.training)
+        dropout = self.dropout if self.training else 0.0
+        if x.device.type == "cpu" and torch.is_grad_enabled():   # torch's fused CPU kernel is 3 times slower here, backwards
+            x = F.dropout(self.weights(q, k), dropout) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        x = rearrange(x, "b h t d -> b t (h d)")
+        x = x if rows is None else x.flatten(0, 1)[rows]                                          # (R,D)
+        return F.dropout(self.projection(x), dropout)
+
+    @staticmethod
+    def weights(q, k):
+        """(B, heads, T, D / heads) twice → (B, heads, T, T), rows sum to 1."""
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
 
     def attention_weights(self, x):
-        """(B,T,D) → (B, heads, T, T), rows sum to 1; for pictures, `forward` never makes this matrix."""
-        q, k, _ = self.heads(x)
-        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        """(B,T,D) → (B, heads, T, T): how much each token (row) attends to each."""
+        return self.weights(*self.heads(x)[:2])
 
 
 class MLP(nn.Module):
@@ -727,8 +735,10 @@ class ResidualBranch(nn.Module):
         self.norm, self.layer, self.drop_path = nn.LayerNorm(dim, eps=1e-6), layer, drop_path
         self.scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
 
-    def forward(self, x):
-        branch = self.layer(self.norm(x))
+    def forward(self, x, *rows):
+        branch = self.layer(self.norm(x), *rows)
+        for r in rows:
+            x = x.flatten(0, 1)[r]
         if self.scale is not None:
             branch = branch * self.scale
         if self.training and self.drop_path:
@@ -738,22 +748,30 @@ class ResidualBranch(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then MLP, each a residual branch: (B,T,D) → (B,T,D)."""
+    """Attention, then MLP, each a residual branch: (B,T,D) → (B,T,D).
+
+    rows (R,): where only these tokens of x.flatten(0, 1) will be read → (R,D); all of them still are attended to.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=False, dropout=0.0, layer_scale=0.0, drop_path=0.0):
         super().__init__()
         self.attention = ResidualBranch(dim, MultiHeadAttention(dim, num_heads, qkv_bias, dropout), layer_scale, drop_path)
         self.mlp = ResidualBranch(dim, MLP(dim, int(dim * mlp_ratio), dropout=dropout), layer_scale, drop_path)
 
-    def forward(self, x):
-        return self.mlp(self.attention(x))
+    def forward(self, x, rows=None):
+        if rows is None:
+            return self.mlp(self.attention(x))
+        if self.training and self.mlp.drop_path:                 # skips whole samples, which rows no longer tell apart
+            return self.forward(x).flatten(0, 1)[rows]
+        return self.mlp(self.attention(x, rows))
 
 
 class VisionTransformer(nn.Module):
     """(B,C,H,W) → class token (B,D) and patch tokens (B,N,D), for any H and W that are multiples of patch_size.
 
-    mask (B,N) bool: where it is True a learned token stands in for the patch (iBOT, section 3.2). `pixel_mean` and
-    `pixel_std` travel with the weights, so that a loaded network can be given plain pictures by `extract_features`.
+    mask (B,N) bool: where it is True a learned token stands in for the patch (iBOT, section 3.2). positions (M,): where
+    only these of the B·N patches will be read → class token and (M,D); the last block leaves the others out, which saves
+    most of its work. `pixel_mean` and `pixel_std` travel with the weights, so that a loaded network can be given plain pictures by `extract_features`.
     """
 
     def __init__(self, img_size=32, patch_size=4, in_channels=3, embed_dim=384, depth=6, num_heads=6, mlp_ratio=4.0,
@@ -781,7 +799,7 @@ class VisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, x, w, h):
         """Position embedding for pictures of w × h pixels → (1,1+N,D): the learned grid, resized bicubically in fp32.
 
-        x: the tokens (B,1+N,D) that it is for. The class token's part stays as it is.
+        x: the tokens that it is for, which tell the device. The class token's part stays as it is.
         """
         p, side = self.patch_embed.patch_size, math.isqrt(self.pos_embed.shape[1] - 1)
         if (h // p, w // p) == (side, side):
@@ -797,16 +815,21 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(x)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = x + self.interpolate_pos_encoding(x, width, height)
-        return torch.cat([x[:, :1], self.registers.expand(len(x), -1, -1), x[:, 1:]], 1)
+        place = self.interpolate_pos_encoding(x, width, height)
+        first = torch.cat([self.cls_token + place[:, :1], self.registers], 1).expand(len(x), -1, -1)
+        # In autocast's bfloat16 from here to the last norm: the sum of all branches, too, is then half as much to move
+        return torch.cat([first.to(x.dtype), (x + place[:, 1:]).to(x.dtype)], 1)
 
-    def forward(self, x, mask=None):
-        x = self.tokens(x, mask)
-        for block in self.blocks:
+    def forward(self, x, mask=None, positions=None):
+        x, rows = self.tokens(x, mask), None
+        (batch, tokens, _), first = x.shape, 1 + self.registers.shape[1]
+        if positions is not None:
+            classes = torch.arange(batch, device=x.device) * tokens
+            rows = torch.cat([classes, positions + (positions // (tokens - first) + 1) * first])  # skips what is no patch
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x)
-        return x[:, 0], x[:, 1 + self.registers.shape[1]:]
+        x = self.norm(self.blocks[-1](x, rows).to(self.norm.weight.dtype))
+        return (x[:, 0], x[:, first:]) if rows is None else (x[:batch], x[batch:])
 
     def class_attention(self, x):
         """(B,C,H,W) → (B, heads, H / patch, W / patch): how much the last block's class token attends to each patch."""
@@ -1089,23 +1112,24 @@ class DINOv2(nn.Module):
         All global crops are balanced jointly, and so are all masked patches.
         """
         c = self.config
-        class_tokens, patches = self.teacher(torch.cat(views[:c.GLOBAL_CROPS_NUMBER]))            # (G·B,D), (G·B,N,D)
+        class_tokens, patches = self.teacher(torch.cat(views[:c.GLOBAL_CROPS_NUMBER]), None, positions)  # (G·B,D), (M,D)
         img_logits = self.teacher_img_head(class_tokens)
         img_targets = sinkhorn_knopp_centering(img_logits, c.SINKHORN_ITERATIONS, teacher_temp)
         patch_targets = img_targets[:0]
         if len(positions):
-            patch_logits = self.teacher_patch_head(patches.flatten(0, 1)[positions])
+            patch_logits = self.teacher_patch_head(patches)
             patch_targets = sinkhorn_knopp_centering(patch_logits, c.SINKHORN_ITERATIONS, teacher_temp)
         return img_targets.unflatten(0, (c.GLOBAL_CROPS_NUMBER, -1)), patch_targets
 
     def student_outputs(self, views, mask, positions):
         """→ class tokens (V·B,D) before the head, image logits (V,B,K), patch logits (M,K) at the masked positions."""
         c = self.config
-        class_tokens, patches = self.student(torch.cat(views[:c.GLOBAL_CROPS_NUMBER]), mask)
+        class_tokens, patches = self.student(torch.cat(views[:c.GLOBAL_CROPS_NUMBER]), mask, positions)
         if c.LOCAL_CROPS_NUMBER:
-            class_tokens = torch.cat([class_tokens, self.student(torch.cat(views[c.GLOBAL_CROPS_NUMBER:]))[0]])
+            local_crops = torch.cat(views[c.GLOBAL_CROPS_NUMBER:])
+            class_tokens = torch.cat([class_tokens, self.student(local_crops, None, positions[:0])[0]])
         img_logits = self.img_head(class_tokens).unflatten(0, (len(views), -1))
-        patch_logits = self.patch_head(patches.flatten(0, 1)[positions]) if len(positions) else img_logits[0, :0]
+        patch_logits = self.patch_head(patches) if len(positions) else img_logits[0, :0]
         return class_tokens, img_logits, patch_logits
 
     @torch.no_grad()
@@ -1556,6 +1580,13 @@ def autocast(config):
     return torch.autocast(torch.device(config.DEVICE).type, torch.bfloat16, enabled=bf16)
 
 
+def keep_freed_memory():
+    """Linux: memory that a step's tensors free stays for the next step; fresh pages from the system cost up to a tenth of it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    for option, value in ((-3, 2 ** 30), (-1, -1)) if mallopt else ():                            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(option, value)
+
+
 def can_compile(config):
     """True where torch.compile pays and works: COMPILE, CUDA, and Triton installed."""
     if config.COMPILE and torch.device(config.DEVICE).type == "cuda":
@@ -1651,6 +1682,7 @@ def train_dinov2(config=None, dataset=None):
     """
     # Settings, pictures, network
     c = config or Config()
+    keep_freed_memory()
     make_output_folder(c)
     checkpoint = find_checkpoint(c)
     pictures = prepare_pictures(c, dataset)

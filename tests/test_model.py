@@ -86,13 +86,39 @@ def test_attention_equals_torch_with_the_same_weights(device, bias):
     close(ours(x), theirs(x, x, x, need_weights=False)[0], 1e-4)
 
 
-def test_attention_goes_through_scaled_dot_product_attention(monkeypatch):
-    calls = []
-    fake = lambda q, k, v, **_: calls.append(q.shape) or torch.zeros_like(v)  # noqa: E731
-    monkeypatch.setattr(F, "scaled_dot_product_attention", fake)
-    attention = randomised(MultiHeadAttention(24, 4))
-    close(attention(torch.randn(2, 7, 24)), attention.projection.bias.expand(2, 7, 24))
+def test_attention_goes_through_scaled_dot_product_attention_but_for_gradients_on_a_cpu(device, monkeypatch):
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **rest: calls.append(q.shape) or real(q, k, v, **rest))
+    attention, x = randomised(MultiHeadAttention(24, 4)).to(device), torch.randn(2, 7, 24, device=device)
+    with torch.no_grad():
+        fused = attention(x)
     assert calls == [(2, 4, 7, 6)]
+    close(attention(x), fused)
+    assert len(calls) == (1 if device == "cpu" else 2)
+
+
+def test_attentions_gradients_are_those_of_scaled_dot_product_attention():
+    attention, x = randomised(MultiHeadAttention(24, 4, qkv_bias=True)), torch.randn(2, 7, 24, requires_grad=True)
+    out, direction = attention(x), torch.randn(2, 7, 24)
+    q, k, v = attention.heads(x)
+    reference = attention.projection(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    wanted = torch.autograd.grad((reference * direction).sum(), [x, *attention.parameters()])
+    for ours, theirs in zip(torch.autograd.grad((out * direction).sum(), [x, *attention.parameters()]), wanted):
+        close(ours, theirs, 1e-4)
+
+
+def test_attention_drops_weights_in_training_alone():
+    attention = MultiHeadAttention(64, 1, dropout=0.5)
+    nn.init.zeros_(attention.qkv.weight)                        # so all tokens are attended to alike
+    nn.init.eye_(attention.qkv.weight[128:].data)
+    nn.init.eye_(attention.projection.weight)
+    nn.init.zeros_(attention.projection.bias)
+    x = torch.ones(64, 50, 64)
+    close(attention.eval()(x), x)
+    attention.projection.register_forward_pre_hook(lambda _, args: sums.append(args[0]))
+    sums = []
+    attention.train()(x)
+    assert sums[0].std() > 0.1 and abs(sums[0].mean() - 1) < 0.02                                 # mean of 50 × (0 or 2)
 
 
 def test_attention_refuses_a_width_that_heads_do_not_divide():
@@ -152,7 +178,52 @@ def test_drop_path_rises_linearly_from_zero():
     assert rates == [pytest.approx((rate, rate)) for rate in (0, 0.05, 0.1, 0.15, 0.2)]
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"drop_path": 0.4}])
+def test_a_block_that_is_asked_for_rows_gives_those_of_the_whole(device, options):
+    block, x = randomised(TransformerBlock(16, 2, **options)).to(device), torch.randn(4, 5, 16, device=device)
+    rows = torch.tensor([3, 0, 19, 7, 8], device=device)
+    torch.manual_seed(0)
+    whole = block(x).flatten(0, 1)[rows]
+    torch.manual_seed(0)
+    close(block(x, rows), whole)
+    close(block.eval()(x, rows), block(x).flatten(0, 1)[rows])
+
+
 # ---- VisionTransformer
+
+@pytest.mark.parametrize("registers", [0, 3])
+def test_asked_for_positions_it_gives_what_the_whole_has_there_with_the_same_gradients(device, registers):
+    net = vit(register_tokens=registers).to(device)
+    x, mask = torch.randn(3, 3, 16, 32, device=device), torch.rand(3, 8, device=device) < 0.4
+    mask[0], mask[1, 7] = False, True
+    positions = mask.flatten().nonzero().squeeze(1)
+    full, partial = net(x, mask), net(x, mask, positions)
+    whole = full[0], full[1][mask]
+    directions = [torch.randn_like(part) for part in whole]
+    gradients = []
+    for outputs in (whole, partial):
+        loss = sum((part * direction).sum() for part, direction in zip(outputs, directions))
+        gradients.append(torch.autograd.grad(loss, list(net.parameters()), allow_unused=True))
+    for ours, wanted in zip(partial, whole):
+        close(ours, wanted)
+    assert partial[1].shape == (int(mask.sum()), 32)
+    for ours, wanted in zip(*gradients):
+        assert (ours is None) == (wanted is None)
+        assert ours is None or torch.allclose(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert net(x, None, positions[:0])[1].shape == (0, 32)
+
+
+def test_the_blocks_run_in_bfloat16_under_autocast_and_the_last_norm_in_fp32(device):
+    net, seen = vit(register_tokens=1).to(device), []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, args, out: seen.extend([args[0].dtype, out.dtype]))
+    x = torch.randn(2, 3, 32, 32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        class_token, patches = net(x)
+    assert set(seen) == {torch.bfloat16} and class_token.dtype == patches.dtype == torch.float32
+    assert (class_token - net(x)[0]).abs().max() < 0.1
+    assert seen.clear() or net(x)[0].dtype == torch.float32 and set(seen) == {torch.float32}
+
 
 @pytest.mark.parametrize("registers", [0, 3])
 @pytest.mark.parametrize("height, width", [(32, 32), (16, 48), (8, 8), (64, 40)])
@@ -382,11 +453,12 @@ def test_the_teacher_sees_the_global_crops_and_no_mask_the_student_all_crops_and
     model, views, mask = DINOv2(config), make_views(config), half_mask(config)
     teacher, student = spy(monkeypatch, model.teacher), spy(monkeypatch, model.student)
     model(views, mask, 0.04)
-    [((seen, *rest), named)] = teacher
-    assert torch.equal(seen, torch.cat(views[:2])) and not any(a is not None for a in (*rest, *named.values()))
-    [((seen_global, seen_mask), _), ((seen_local, *no_mask), _)] = student
-    assert torch.equal(seen_global, torch.cat(views[:2])) and torch.equal(seen_mask, mask)
-    assert torch.equal(seen_local, torch.cat(views[2:])) and no_mask in ([], [None])
+    masked = mask.flatten().nonzero().squeeze(1)
+    [((seen, no_mask, positions), _)] = teacher
+    assert torch.equal(seen, torch.cat(views[:2])) and no_mask is None and torch.equal(positions, masked)
+    [((seen_global, seen_mask, positions), _), ((seen_local, no_mask, none), _)] = student
+    assert torch.equal(seen_global, torch.cat(views[:2])) and torch.equal(seen_mask, mask) and torch.equal(positions, masked)
+    assert torch.equal(seen_local, torch.cat(views[2:])) and no_mask is None and len(none) == 0
 
 
 def test_the_mask_reaches_the_loss_through_the_student_alone(small):
