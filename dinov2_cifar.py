@@ -1,6 +1,6 @@
 """DINOv2 on CIFAR-10, in one file: a Vision Transformer learns to see without labels.
 
-    python dinov2_cifar.py --quick                                  # built-in pictures, two minutes, no download
+    python dinov2_cifar.py --quick                                  # built-in pictures, three minutes, no download
     python dinov2_cifar.py                                          # CIFAR-10 with the constants of Config below
     python dinov2_cifar.py --dataset pictures/ --total-epochs 50    # your own folder; every constant is a flag
 
@@ -106,7 +106,7 @@ class Config:
     TEACHER_TEMP_START = 0.02  # temperature of the teacher's targets at the first step; lower is sharper
     TEACHER_TEMP_END = 0.03  # the same after TEACHER_TEMP_WARMUP; 0.07 in the published recipe
     TEACHER_TEMP_WARMUP = 0.3  # share of the run in which it goes linearly from start to end
-    SINKHORN_ITERATIONS = 3  # rounds of Sinkhorn-Knopp that balance the targets
+    SINKHORN_ITERATIONS = 3  # rounds of Sinkhorn-Knopp that balance the targets (0: softmax alone, which collapses without KoLeo)
 
     # Optimisation
     BATCH_SIZE = 128  # B, pictures a step, each with all its crops
@@ -194,8 +194,8 @@ CONSTANTS = {name: value for name, value in vars(Config).items() if name.isupper
 RANGES = (  # names, least, most
     ("IMAGE_SIZE PATCH_SIZE GLOBAL_CROP_SIZE LOCAL_CROP_SIZE", 1, 4096),
     ("PROJECTION_DIM HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM BATCH_SIZE GLOBAL_CROPS_NUMBER", 2, 2 ** 20),
-    ("TOTAL_EPOCHS SINKHORN_ITERATIONS", 1, 10 ** 6),
-    ("LOCAL_CROPS_NUMBER REGISTER_TOKENS", 0, 1000),
+    ("TOTAL_EPOCHS", 1, 10 ** 6),
+    ("LOCAL_CROPS_NUMBER REGISTER_TOKENS SINKHORN_ITERATIONS", 0, 1000),
     ("TRAIN_IMAGES EVAL_EVERY SAVE_EVERY", 0, 10 ** 9),
     ("SEED", 0, 2 ** 31 - 1),
     ("DROP_PATH DROPOUT", 0, 0.99),
@@ -206,7 +206,7 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=1024, LEARNING_RATE=4e-3, TOTAL_EPOCHS=20,
+QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=1024, LEARNING_RATE=4e-3, TOTAL_EPOCHS=28,
              LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=4,
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
@@ -231,7 +231,7 @@ def parse_arguments(argv=None):
     comments = dict(re.findall(r"^    ([A-Z_]+) = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
-    parser.add_argument("--quick", action="store_true", help="tiny model, built-in pictures, two minutes: "
+    parser.add_argument("--quick", action="store_true", help="tiny model, built-in pictures, three minutes: "
                         + ", ".join(f"{k}={v}" for k, v in QUICK.items()))
     for name in CONSTANTS:
         default = getattr(Config, name)
@@ -402,12 +402,15 @@ class MultiCropDataset(torch.utils.data.Dataset):
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Pictures(NamedTuple):
-    """A data set in memory: images uint8 (N,3,H,W), labels int64 (N,) or None, test images or None; a name for reports."""
+    """A data set in memory: images uint8 (N,3,H,W), labels int64 (N,) or None, test images or None; a name for reports;
+    where known, masks bool (N,H,W) of what is foreground."""
     train_images: torch.Tensor
     train_labels: torch.Tensor = None
     test_images: torch.Tensor = None
     test_labels: torch.Tensor = None
     name: str = "your pictures"
+    train_masks: torch.Tensor = None
+    test_masks: torch.Tensor = None
 
 
 def as_uint8(picture, size=None):
@@ -455,8 +458,9 @@ def as_pictures(dataset, size=None):
                              if pictures.test_images is None else as_uint8(pictures.test_images, size))
 
 
-def make_shapes(count, size=32, seed=0):
-    """Ten classes of shape, drawn with NumPy → images uint8 (count,3,size,size), labels int64 (count,).
+def make_shapes(count, size=32, seed=0, masks=False):
+    """Ten classes of shape, drawn with NumPy → images uint8 (count,3,size,size), labels int64 (count,); with masks also
+    bool (count,size,size), true where the shape covers at least half of a pixel.
 
     Disc, ring, square, frame, triangle, plus, star, crescent, bow tie, ell: the class tells the shape and nothing else.
     Colours, size, place, a tilt of up to 15°, the background's gradient and its noise are drawn alike for all classes.
@@ -489,7 +493,8 @@ def make_shapes(count, size=32, seed=0):
     slope = 0.5 + 0.7 * (np.cos(angle) * place + np.sin(angle) * place[:, None])
     pixels = alpha * colour[0] + (1 - alpha) * (colour[1] + slope * (colour[2] - colour[1]) * 0.5)
     pixels = pixels + rng.normal(0, 0.03, pixels.shape)
-    return torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8)), torch.from_numpy(labels)
+    images = torch.from_numpy((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    return (images, torch.from_numpy(labels)) + (torch.from_numpy(alpha[:, 0] >= 0.5),) * masks
 
 
 def require_memory(count, size, device):
@@ -625,7 +630,8 @@ def load_pictures(config):
 def load_shapes(size):
     if size > 64:
         raise InputError(f"IMAGE_SIZE ({size}) is above the 64 pixels that the built-in shapes are drawn at; lower it or give pictures")
-    return Pictures(*make_shapes(2048, size, seed=0), *make_shapes(512, size, seed=1), name="shapes")
+    train, test = make_shapes(2048, size, seed=0, masks=True), make_shapes(512, size, seed=1, masks=True)
+    return Pictures(*train[:2], *test[:2], "shapes", train[2], test[2])
 
 
 def prepare_pictures(config, dataset=None):
@@ -636,8 +642,8 @@ def prepare_pictures(config, dataset=None):
     count = len(pictures.train_images)
     if 0 < c.TRAIN_IMAGES < count:                               # random, since files are often sorted by class
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:c.TRAIN_IMAGES].sort().values
-        pictures = pictures._replace(train_images=pictures.train_images[chosen], train_labels=None
-                                     if pictures.train_labels is None else pictures.train_labels[chosen])
+        pictures = pictures._replace(**{name: getattr(pictures, name)[chosen] for name in ("train_images", "train_labels", "train_masks")
+                                        if getattr(pictures, name) is not None})
     if c.BATCH_SIZE > len(pictures.train_images):
         raise InputError(f"BATCH_SIZE ({c.BATCH_SIZE}) is above the number of training pictures "
                          f"({len(pictures.train_images)}); lower it or give more pictures")
@@ -692,7 +698,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, rows=None):
         q, k, v = self.heads(x)
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu" and torch.is_grad_enabled():   # torch's fused CPU kernel is 3 times slower here, backwards
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            # For some dozens of tokens in bfloat16 torch's fused CPU kernel takes 3 times as long, backwards included
             x = F.dropout(self.weights(q, k), dropout) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -735,10 +742,11 @@ class ResidualBranch(nn.Module):
         self.norm, self.layer, self.drop_path = nn.LayerNorm(dim, eps=1e-6), layer, drop_path
         self.scale = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
 
-    def forward(self, x, *rows):
-        branch = self.layer(self.norm(x), *rows)
-        for r in rows:
-            x = x.flatten(0, 1)[r]
+    def forward(self, x, rows=None):
+        if rows is None:
+            branch = self.layer(self.norm(x))
+        else:                                                    # of an attention, which must see all tokens
+            branch, x = self.layer(self.norm(x), rows), x.flatten(0, 1)[rows]
         if self.scale is not None:
             branch = branch * self.scale
         if self.training and self.drop_path:
@@ -817,7 +825,8 @@ class VisionTransformer(nn.Module):
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         place = self.interpolate_pos_encoding(x, width, height)
         first = torch.cat([self.cls_token + place[:, :1], self.registers], 1).expand(len(x), -1, -1)
-        # In autocast's bfloat16 from here to the last norm: the sum of all branches, too, is then half as much to move
+        # In autocast's bfloat16 up to the last norm, so that the sum of all branches, too, is half as much to move. Only
+        # with LayerScale it turns fp32 in the first block: bfloat16 would swallow branches of 1e-5
         return torch.cat([first.to(x.dtype), (x + place[:, 1:]).to(x.dtype)], 1)
 
     def forward(self, x, mask=None, positions=None):
@@ -915,7 +924,8 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     """Balanced soft assignment of samples to prototypes (SwAV, section 3.1; DINOv2, section 4).
 
     features (B,K) logits of any finite size, epsilon the temperature → (B,K) fp32 without gradient. Every row sums to
-    1, every prototype gets about B / K in all. In the log domain: exp would overflow, or leave rows of 0 / 0.
+    1, every prototype gets about B / K in all; without a round it is the softmax. In the log domain: exp would overflow,
+    or leave rows of 0 / 0.
     """
     log_q = (features.float() / epsilon).clamp(-1e30, 1e30)      # so that no difference of two overflows
     for _ in range(num_iters):
@@ -923,7 +933,7 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
         mass = all_reduce((log_q - peak).exp().sum(0))           # over the samples of all processes; at least 1
         log_q = log_q - peak - mass.log()                        # now every prototype has the same mass
         log_q = log_q.log_softmax(1)                             # now every sample has mass 1
-    return log_q.exp()
+    return log_q.exp() if num_iters else log_q.softmax(1)
 
 
 def cross_entropy(logits, targets, temperature):
@@ -1227,9 +1237,10 @@ def train_step(model, optimizer, views, mask, settings, masked_patches=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def extract_features(model, images, batch_size=512):
+def extract_features(model, images, batch_size=512, patches=False):
     """Class tokens of a DINOv2 (its teacher) or a VisionTransformer, in eval mode → float32 (N,D) on the images' device.
 
+    With patches the patch tokens instead, (N,patches,D).
     images: uint8 (N,3,H,W), normalised here with the network's own pixel_mean and pixel_std; or floats, used as they are.
     """
     backbone = getattr(model, "teacher", model)
@@ -1237,7 +1248,8 @@ def extract_features(model, images, batch_size=512):
     backbone.eval()
     for batch in images.split(batch_size):
         x = (batch.float() / 255 - backbone.pixel_mean) / backbone.pixel_std if batch.dtype == torch.uint8 else batch
-        features.append(backbone.forward(x)[0].float())          # .forward: any batch size, without compiling for it
+        class_tokens, tokens = backbone.forward(x)               # .forward: any batch size, without compiling for it
+        features.append((tokens if patches else class_tokens).float())
     backbone.train(was_training)
     return torch.cat(features)
 
@@ -1256,34 +1268,66 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
     return right / len(test_labels)
 
 
+def fit_linear(x, targets, outputs, loss, score):
+    """A linear map of features x (N,…,D) to (N,…,outputs) that makes loss(logits, targets) small, by L-BFGS → the function.
+
+    x is standardised. The L2 penalty whose score(logits, targets) is best on a fifth of the N, held out, fits them all.
+    """
+    mean, std = x.flatten(0, -2).mean(0), x.flatten(0, -2).std(0) + 1e-6
+    x, order = (x - mean) / std, torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
+    held_out, fitted = order[:len(x) // 5], order[len(x) // 5:]
+
+    def fit(rows, penalty):
+        weight = torch.zeros(x.shape[-1] + 1, outputs, device=x.device, requires_grad=True)     # the last row is the bias
+        optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(x[rows] @ weight[:-1] + weight[-1], targets[rows]) + penalty * weight[:-1].square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        return weight.detach()
+
+    def held_out_score(penalty):
+        weight = fit(fitted, penalty)
+        return score(x[held_out] @ weight[:-1] + weight[-1], targets[held_out])
+
+    weight = fit(order, max((1e-4, 1e-3, 1e-2, 1e-1), key=held_out_score))
+    return lambda features: (features - mean) / std @ weight[:-1] + weight[-1]
+
+
 def linear_probe(train_features, train_labels, test_features, test_labels):
     """Multinomial logistic regression on standardised features → share of right answers on the test rows, 0..1.
 
     The L2 penalty that does best on a fifth of the training rows, held out, is used to fit them all. Deterministic.
     """
-    mean, std = train_features.mean(0), train_features.std(0) + 1e-6
-    x, test = (train_features - mean) / std, (test_features - mean) / std
-    classes, order = int(train_labels.max()) + 1, torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
-    held_out, fitted = order[:len(x) // 5], order[len(x) // 5:]
+    def accuracy(logits, labels):
+        return (logits.argmax(-1) == labels).float().mean().item()
 
-    def fit(rows, penalty):
-        weight = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)      # the last row is the bias
-        optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    classify = fit_linear(train_features, train_labels, int(train_labels.max()) + 1, F.cross_entropy, accuracy)
+    return accuracy(classify(test_features), test_labels)
 
-        def closure():
-            optimizer.zero_grad()
-            loss = F.cross_entropy(x[rows] @ weight[:-1] + weight[-1], train_labels[rows]) + penalty * weight[:-1].square().sum()
-            loss.backward()
-            return loss
 
-        optimizer.step(closure)
-        return weight.detach()
+def dense_probe(train_patches, train_masks, test_patches, test_masks):
+    """Linear probe of patch tokens (n,N,D) for foreground masks (n,H,W) bool → mean IoU of fore- and background, 0..1.
 
-    def accuracy(weight, features, labels):
-        return ((features @ weight[:-1] + weight[-1]).argmax(1) == labels).float().mean().item()
+    A logistic regression tells from each patch's token alone which of its p × p pixels are foreground.
+    """
+    side = math.isqrt(train_patches.shape[1])
 
-    scores = {penalty: accuracy(fit(fitted, penalty), x[held_out], train_labels[held_out]) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)}
-    return accuracy(fit(order, max(scores, key=scores.get)), test, test_labels)
+    def by_patch(masks):
+        return rearrange(masks.float(), "n (h p) (w q) -> n (h w) (p q)", h=side, w=side)
+
+    def mean_iou(logits, masks):
+        found, wanted = logits > 0, masks > 0.5
+        pairs = ((found, wanted), (~found, ~wanted))
+        return sum(((a & b).sum() / (a | b).sum().clamp(min=1)).item() for a, b in pairs) / 2
+
+    train, test = by_patch(train_masks), by_patch(test_masks)
+    segment = fit_linear(train_patches, train, train.shape[2], F.binary_cross_entropy_with_logits, mean_iou)
+    return mean_iou(segment(test_patches), test)
 
 
 def rank_me(features):
@@ -1293,12 +1337,39 @@ def rank_me(features):
 
 
 def evaluate(model, pictures, linear=False):
-    """→ dict with `knn` (and `linear`) in 0..1 and `rank` of the teacher's class tokens on the test pictures."""
-    with autocast(model.config):
-        train, test = (extract_features(model, part) for part in (pictures.train_images, pictures.test_images))
+    """→ dict with `knn` in 0..1 and `rank` of the teacher's class tokens on the test pictures; with linear also the
+    probes: `linear` in 0..1, and `iou` of its patch tokens in 0..1 where the pictures have masks."""
+    def features(patches):
+        with autocast(model.config):
+            return [extract_features(model, part, patches=patches) for part in (pictures.train_images, pictures.test_images)]
+
+    train, test = features(patches=False)
     four = train, pictures.train_labels, test, pictures.test_labels
     result = {"knn": knn_accuracy(*four), "rank": rank_me(test)}
-    return {**result, "linear": linear_probe(*four)} if linear else result
+    if linear:
+        result["linear"] = linear_probe(*four)
+    if linear and pictures.train_masks is not None and pictures.test_masks is not None:
+        train, test = features(patches=True)
+        result["iou"] = dense_probe(train, pictures.train_masks, test, pictures.test_masks)
+    return result
+
+
+def collapse_signs(scores, means, baseline, prototypes, rows):
+    """Plain sentences on how it shows that a run has collapsed, [] where it has not.
+
+    scores, baseline: what `evaluate` gives, now and for the untrained network; means: of `target_diagnostics` and of the
+    momentum over the last epoch; prototypes: K; rows: class tokens a batch, which bound what the mean target can spread to.
+    """
+    most, signs = math.log(prototypes), []
+    if means["mean_entropy"] < 0.5 * min(most, math.log(rows)):
+        signs.append(f"all pictures get much the same target (entropy of the mean target {means['mean_entropy']:.2f}, at most {most:.2f})")
+    if means["teacher_entropy"] > 0.99 * most:
+        signs.append(f"the targets say nothing (entropy of a target {means['teacher_entropy']:.2f} of ln K = {most:.2f})")
+    if scores["rank"] < 0.5 * baseline["rank"]:
+        signs.append(f"the features lie in few directions (their rank fell from {baseline['rank']:.1f} to {scores['rank']:.1f})")
+    if means["momentum"] == 1:
+        signs.append("the teacher never moves (its momentum, EMA_START, is 1), so its features are those of the untrained network")
+    return signs
 
 
 def raw_pixel_accuracy(pictures, mean, std):
@@ -1466,6 +1537,11 @@ class Report:
         self.say(f"epoch {epoch:4d}  img {means['img']:7.3f}  patch {means['patch']:7.3f}  koleo {means['koleo']:7.3f}  "
                  f"H(t) {means['teacher_entropy']:6.3f}  KL {means['kl']:6.3f}  prototypes {means['prototypes']:4.0%}"
                  + (f"  k-NN {scores['knn']:6.1%}  rank {scores['rank']:6.1f}" if scores else ""))
+        baseline = next((r for r in self.history if r["event"] == "baseline" and "rank" in r), None)
+        if scores and baseline:
+            c = self.config
+            for sign in collapse_signs(scores, means, baseline, c.PROJECTION_DIM, c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE):
+                self.say(f"COLLAPSED: {sign}.")
 
 
 def show(axes, image, title=""):
@@ -1581,10 +1657,11 @@ def autocast(config):
 
 
 def keep_freed_memory():
-    """Linux: memory that a step's tensors free stays for the next step; fresh pages from the system cost up to a tenth of it."""
+    """From now on this process keeps for its next step what tensors free; asking Linux for fresh pages took 7 % of a step of
+    the tiny network with patches of 8. Without glibc, nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in ((-3, 2 ** 30), (-1, -1)) if mallopt else ():                            # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-        mallopt(option, value)
+    if mallopt and mallopt(-3, 2 ** 30):                         # M_MMAP_THRESHOLD; old versions refuse so much
+        mallopt(-1, -1)                                          # M_TRIM_THRESHOLD: never
 
 
 def can_compile(config):
@@ -1682,7 +1759,8 @@ def train_dinov2(config=None, dataset=None):
     """
     # Settings, pictures, network
     c = config or Config()
-    keep_freed_memory()
+    if torch.device(c.DEVICE).type == "cpu":
+        keep_freed_memory()
     make_output_folder(c)
     checkpoint = find_checkpoint(c)
     pictures = prepare_pictures(c, dataset)
@@ -1750,7 +1828,7 @@ def finish(model, pictures, transform, report, baseline):
     report.bar.close()
     scores = next((r for r in reversed(report.history) if r["event"] == "epoch"), {})
     seconds = time.perf_counter() - report.started
-    report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "rank") if k in scores})
+    report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "iou", "rank") if k in scores})
     images = pictures.train_images if pictures.test_images is None else pictures.test_images
     images = images[torch.linspace(0, len(images) - 1, 10).long()]                                # files are often sorted by class
     model.eval()
@@ -1761,9 +1839,9 @@ def finish(model, pictures, transform, report, baseline):
     if "knn" in scores:
         rows = {"raw pixels": {"knn": baseline.get("raw_pixels_knn")}, "untrained network": baseline, "trained teacher": scores}
         print(f"\n{pictures.name}: {len(pictures.train_images):,} training and {len(pictures.test_images):,} test pictures\n"
-              f"{'':20}{'k-NN':>8}{'linear':>8}{'RankMe':>8}")
+              f"{'':20}{'k-NN':>8}{'linear':>8}{'RankMe':>8}" + f"{'mask IoU':>10}" * ("iou" in scores))
         for name, row in rows.items():
-            print(f"{name:20}" + "".join(f"{row[key]:8{form}}" for key, form in (("knn", ".1%"), ("linear", ".1%"), ("rank", ".1f"))
+            print(f"{name:20}" + "".join(f"{row[key]:{form}}" for key, form in (("knn", "8.1%"), ("linear", "8.1%"), ("rank", "8.1f"), ("iou", "10.1%"))
                                          if row.get(key) is not None))
     print(f"{seconds / 60:.1f} minutes; checkpoints, metrics.jsonl and figures in {c.OUTPUT_DIR}")
 

@@ -1,6 +1,6 @@
 """How fast dinov2_cifar.py trains, how much memory it takes and how both grow, beside lightly's DINOv2.
 
-    python benchmarks/throughput.py                            # everything: some 12 minutes on two cores
+    python benchmarks/throughput.py                            # everything: a quarter of an hour on two cores
     python benchmarks/throughput.py --sections views growth    # some of step, rate, views, growth, epochs
     pip install lightly==1.6.0 timm==1.0.31                    # what the rows of lightly need
 
@@ -13,7 +13,8 @@ alone hold; "above start" leaves out what was there before the model was made: P
 lightly's side is its published example (examples/pytorch/dinov2.py) with the sizes of our Config: the same network,
 heads, batch norm, prototypes, crops, augmentations, shares of masked patches, precision and clipping. Its own are timm's
 layers, targets that are centred instead of balanced by Sinkhorn-Knopp, and PIL pictures from a DataLoader on all cores.
-"views ready" is its speed when that loader costs nothing.
+"views ready" is its speed when that loader costs nothing. On CUDA ours is compiled, as COMPILE has it, with a fused AdamW;
+lightly's runs as its example has it, neither compiled nor fused.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -59,7 +59,7 @@ def is_cuda(device):
 
 
 def synchronize(device):
-    getattr(torch, torch.device(device).type).synchronize()
+    getattr(torch, torch.device(device).type).synchronize(*[device] * is_cuda(device))
 
 
 def time_blocks(step, repeats, device):
@@ -84,13 +84,16 @@ def memory_now(device):
     if is_cuda(device):
         return torch.cuda.memory_allocated(device) / 2 ** 30
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * resource.getpagesize() / 2 ** 30 if statm.exists() else memory_peak(device)
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 30 if statm.exists() else memory_peak(device)
 
 
 def memory_peak(device):
     """→ GiB, likewise, at most so far."""
     if is_cuda(device):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if sys.platform == "win32":                                  # has no such figure
+        return math.nan
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
@@ -281,7 +284,8 @@ def work_step(job):
         contender.step()
     if "meeting" in job:                                         # a folder where workers that must run at once meet
         Path(job["meeting"], str(os.getpid())).touch()
-        while len(os.listdir(job["meeting"])) < job["processes"]:
+        deadline = time.monotonic() + 300
+        while len(os.listdir(job["meeting"])) < job["processes"] and time.monotonic() < deadline:
             time.sleep(0.01)
     seconds = time_blocks(contender.step, job["repeats"], config.DEVICE)
     peak = memory_peak(config.DEVICE) + sum(private_memory(child.pid) for child in active_children()) * (not is_cuda(config.DEVICE))
@@ -372,7 +376,8 @@ def work_epochs(job):
 
 def work(job):
     """The worker process: its figures are the last line that it prints."""
-    getattr(dinov2, "keep_freed_memory", lambda: None)()
+    if torch.device(job["device"]).type == "cpu":
+        dinov2.keep_freed_memory()
     torch.set_num_threads(job.get("threads", torch.get_num_threads()))
     torch.manual_seed(0)
     print("\n" + json.dumps(globals()[f"work_{job['work']}"](job)))
@@ -453,13 +458,13 @@ def section_step(setup):
     rows = []
     for size in SIZES:
         for local_crop_size in LOCAL_CROP_SIZES:
-            rows += compare(setup, size, local_crop_size, setup.batch)
+            rows += compare(setup, size, local_crop_size, setup.batch, ())
             if is_cuda(setup.device) and local_crop_size == LOCAL_CROP_SIZES[0]:
-                rows += [row for batch in (64, 256, 1024) for row in compare(setup, size, local_crop_size, batch, rounds=1)]
+                rows += [row for batch in (64, 256, 1024) for row in compare(setup, size, local_crop_size, batch, (), rounds=1)]
     stages = []
     for row in rows:
         if row["by"] == "ours" and row["batch"] == setup.batch:
-            seconds = row.pop("stages")
+            seconds = row["stages"]
             for unit, scale in (("ms", 1000), ("%", 100 / sum(seconds.values()))):
                 stages.append({"case": row["case"], "": unit, **{stage: scale * s for stage, s in seconds.items()}})
     return {"steps": rows, "stages": stages}
@@ -473,14 +478,15 @@ def precision(device):
 
 def section_rate(setup):
     """Matrix rates, operations of a step, and the share of the highest rate that whole steps reach (MFU)."""
-    tokens, widths = 2 * setup.batch * 65, [dinov2.Config.MODEL_DIMS[size][0] for size in SIZES]
+    all_sizes = (*SIZES, "base") if is_cuda(setup.device) else SIZES
+    tokens, widths = 2 * setup.batch * 65, [dinov2.Config.MODEL_DIMS[size][0] for size in all_sizes]
     shapes = [(side, side, side) for side in ((2048, 4096, 8192) if is_cuda(setup.device) else (2048,))]
     shapes += [(tokens, k * width, n * width) for width in widths for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))]    # a block's layers
     config, used = {"PATCH_SIZE": 4, "LOCAL_CROP_SIZE": 16, "BATCH_SIZE": setup.batch, "COMPILE": False}, precision(setup.device)
-    operations = {size: run(setup, "operations", config={**config, "MODEL_SIZE": size}) for size in SIZES}
+    operations = {size: run(setup, "operations", config={**config, "MODEL_SIZE": size}) for size in all_sizes}
     amx = not is_cuda(setup.device) and torch.cpu.get_capabilities().get("amx_bf16")
     rates, mfu, steps = defaultdict(dict), [], []
-    for suffix, environment, sizes in [("", (), SIZES)] + [(", no AMX", NO_AMX, ("small",))] * bool(amx):
+    for suffix, environment, sizes in [("", (), all_sizes)] + [(", no AMX", NO_AMX, ("small",))] * bool(amx):
         rounds = [run(setup, "rate", environment, shapes=shapes, repeats=math.ceil(setup.repeats / 2)) for _ in range(2)]
         for kind in rounds[0]:
             for shape in rounds[0][kind]:
@@ -537,7 +543,7 @@ def section_growth(setup):
     """On a CPU smaller cases: patches of 8 pixels save where the batch and the processes grow, and a batch of 8 for the sizes."""
     cuda = is_cuda(setup.device)
     tiny = {"MODEL_SIZE": "tiny", "PATCH_SIZE": 4 if cuda else 8}
-    pictures = [growth_row(setup, {**tiny, "BATCH_SIZE": batch}) for batch in ((64, 128, 256, 512, 1024) if cuda else (16, 32, 64, 128, 256))]
+    pictures = [growth_row(setup, {**tiny, "BATCH_SIZE": batch}) for batch in (64, 128, 256, 512, 1024)]
     tokens = [growth_row(setup, {**tiny, "PATCH_SIZE": patch, "BATCH_SIZE": 64 if cuda else 16}) for patch in (8, 4, 2)]
     sizes = [growth_row(setup, {**tiny, "MODEL_SIZE": size, "BATCH_SIZE": 64 if cuda else 8}, None if cuda else min(3, setup.repeats))
              for size in dinov2.Config.MODEL_DIMS]
@@ -558,7 +564,8 @@ NOTES = {
     "stages": ": of ours, each with a wait for the device before and after",
     "matrix products": ": m x k x n, TFLOP/s",
     "MFU": ": achieved: executed operations over the time of whole steps, 2 x 32 + 6 x 16 px; highest: the best median of the products\n"
-           "  executed: matrix products and attention of one step as torch's FlopCounterMode counts them; standard: by formula, nothing left out",
+           "  executed: products of one step as torch's FlopCounterMode counts them (on a CPU it knows no fused attention: the teacher's is\n"
+           "  left out); standard: by formula, nothing left out",
     "crops": ": the views alone, 2 x 32 + 6 x 16 px",
     "processes": ": independent ones at once on one device, the cores shared among them",
     "memory": ": at the end of an epoch of train_dinov2, GiB",
@@ -631,7 +638,10 @@ def main(argv=None):
         print("\n".join(f"{key:10} {value}" for key, value in figures["machine"].items()))
         run(setup, "pictures")
         for name in arguments.sections:
-            figures["sections"][name] = SECTIONS[name](setup)
+            try:
+                figures["sections"][name] = SECTIONS[name](setup)
+            except WorkerFailed as failure:                      # the other sections may still run
+                figures["sections"][name] = {"failed": [{"case": str(failure)}]}
             for table, rows in figures["sections"][name].items():
                 print_table(f"{name}, {table}{NOTES.get(table, '')}", rows)
             output.write_text(json.dumps(figures, indent=1) + "\n")                               # now: a later section may fail

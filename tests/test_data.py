@@ -44,9 +44,10 @@ def built_in():
 
 
 def test_shapes_are_2048_and_512_pictures_of_ten_balanced_classes(built_in):
-    train_images, train_labels, test_images, test_labels, name = built_in
+    train_images, train_labels, test_images, test_labels, name, *masks = built_in
     assert train_images.shape == (2048, 3, 16, 16) and test_images.shape == (512, 3, 16, 16) and name == "shapes"
     assert {t.dtype for t in built_in[:4]} == {torch.uint8, torch.int64}
+    assert [(m.shape, m.dtype) for m in masks] == [((2048, 16, 16), torch.bool), ((512, 16, 16), torch.bool)]
     for labels in (train_labels, test_labels):
         counts = labels.bincount()
         assert len(counts) == 10 and counts.max() - counts.min() <= 1

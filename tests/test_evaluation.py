@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2_cifar import (DINOv2, Pictures, VisionTransformer, evaluate, extract_features, knn_accuracy, linear_probe,
-                          rank_me, raw_pixel_accuracy)
+from dinov2_cifar import (DINOv2, Pictures, VisionTransformer, collapse_signs, dense_probe, evaluate, extract_features, knn_accuracy,
+                          linear_probe, make_shapes, rank_me, raw_pixel_accuracy)
 
 
 def close(a, b, tolerance=1e-5):
@@ -242,3 +242,66 @@ def test_evaluate_reports_the_teachers_scores(model, shapes):
                                     "linear": linear_probe(features, data.train_labels, test, data.test_labels),
                                     "rank": rank_me(test)}, rel=1e-4)
     assert set(evaluate(model, data)) == {"knn", "rank"}
+
+
+# ---- Dense features, and the signs of a collapse
+
+def test_shapes_masks_cover_what_stands_out_from_the_background():
+    images, labels, masks = make_shapes(40, 32, seed=3, masks=True)
+    plain = make_shapes(40, 32, seed=3)
+    assert torch.equal(images, plain[0]) and torch.equal(labels, plain[1]) and len(plain) == 2
+    assert masks.shape == (40, 32, 32) and masks.dtype == torch.bool and 0.05 < masks.float().mean() < 0.3
+    pixels = images.float() / 255
+    for picture, mask in zip(pixels, masks):                    # the shape has one colour, up to noise of 0.03
+        assert picture[:, mask].median(1).values.sub(picture[:, ~mask].median(1).values).norm() > 0.1
+        assert picture[:, mask].std(1).max() < 0.2
+
+
+def test_dense_probe_is_perfect_where_tokens_are_the_masks_and_chance_where_they_are_noise():
+    masks = make_shapes(60, 32, seed=4, masks=True)[2]
+    tokens = masks.float().unflatten(1, (8, 4)).unflatten(3, (8, 4)).permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)  # (60, 64, 16)
+    noise = torch.randn(60, 64, 16)
+    assert dense_probe(tokens[:40], masks[:40], tokens[40:], masks[40:]) > 0.99
+    background = (~masks[40:]).float().mean().item() / 2         # all background: its IoU, and 0 for the foreground
+    assert dense_probe(noise[:40], masks[:40], noise[40:], masks[40:]) == pytest.approx(background, abs=0.02)
+
+
+def test_dense_probe_puts_each_pixel_where_it_is():
+    """One token tells two pixels apart: the left one is foreground where its first number is positive, the right one its second."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.rand(50, 1, 2, generator=generator) < 0.5      # one patch of 2 × 2 pixels
+    masks = signs.expand(-1, 2, -1)
+    tokens = signs.float() * 2 - 1
+    assert dense_probe(tokens[:30], masks[:30], tokens[30:], masks[30:]) == 1
+    assert dense_probe(tokens[:30], masks[:30], tokens[30:].flip(2), masks[30:]) < 0.8
+
+
+def test_patch_features_are_the_networks_patch_tokens(small):
+    model = DINOv2(small())
+    images = make_shapes(10)[0]
+    x = (images.float() / 255 - model.teacher.pixel_mean) / model.teacher.pixel_std
+    torch.testing.assert_close(extract_features(model, images, 4, patches=True), model.teacher(x)[1])
+    torch.testing.assert_close(extract_features(model, images, 4), model.teacher(x)[0])
+
+
+HEALTHY = dict(scores={"rank": 100.0}, means={"mean_entropy": 4.0, "teacher_entropy": 3.0, "momentum": 0.99}, baseline={"rank": 60.0},
+               prototypes=128, rows=256)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({}, None), ({"means": {"mean_entropy": 0.1}}, "same target"), ({"means": {"teacher_entropy": 4.85}}, "say nothing"),
+    ({"scores": {"rank": 20.0}}, "from 60.0 to 20.0"), ({"means": {"momentum": 1.0}}, "never moves"),
+    ({"prototypes": 65536, "rows": 64}, None)])                 # 64 rows cannot spread over 65,536 prototypes
+def test_each_sign_of_a_collapse_is_told_and_a_healthy_run_has_none(change, word):
+    given = {k: {**v, **change[k]} if isinstance(v, dict) and k in change else change.get(k, v) for k, v in HEALTHY.items()}
+    signs = collapse_signs(**given)
+    assert len(signs) == (word is not None) and all(word in sign for sign in signs)
+
+
+def test_evaluate_probes_the_patches_where_the_pictures_have_masks(small):
+    parts = [make_shapes(n, 32, seed=n, masks=True) for n in (30, 20)]
+    data = Pictures(*parts[0][:2], *parts[1][:2], "shapes", parts[0][2], parts[1][2])
+    model = DINOv2(small())
+    patches = [extract_features(model, part[0], patches=True) for part in parts]
+    assert evaluate(model, data, linear=True)["iou"] == dense_probe(patches[0], parts[0][2], patches[1], parts[1][2])
+    assert "iou" not in evaluate(model, data) and "iou" not in evaluate(model, data._replace(train_masks=None), linear=True)
