@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from dinov2_cifar import Config, make_shapes  # noqa: E402
 

@@ -184,7 +184,7 @@ def test_drop_path_rises_linearly_from_zero():
 
 @pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"drop_path": 0.4}])
 def test_a_block_that_is_asked_for_rows_gives_those_of_the_whole(device, options):
-    block, x = randomised(TransformerBlock(16, 2, **options)).to(device), torch.randn(4, 5, 16, device=device)
+    block, x = randomised(TransformerBlock(16, 2, **options)).to(device).train(), torch.randn(4, 5, 16, device=device)
     rows = torch.tensor([3, 0, 19, 7, 8], device=device)
     torch.manual_seed(0)
     whole = block(x).flatten(0, 1)[rows]

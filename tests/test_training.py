@@ -17,6 +17,7 @@ from conftest import ROOT, SMALL
 import dinov2_cifar
 from dinov2_cifar import (Config, InputError, find_checkpoint, load_backbone, load_checkpoint, main, make_model, make_optimizer,
                           read_checkpoint, save_checkpoint, train_dinov2)
+from recipe import flags
 
 SCRIPT = str(ROOT / "dinov2_cifar.py")
 
@@ -28,18 +29,6 @@ def records(folder, event=None):
 
 def weights(model):
     return torch.cat([value.flatten().float() for value in model.state_dict().values()])
-
-
-def flags(**settings):
-    """→ the command line that says the same as Config(**settings)."""
-    words = []
-    for name, value in settings.items():
-        flag = "--" + name.lower().replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-    return words
 
 
 # Importing
@@ -280,11 +269,18 @@ def test_bad_input_ends_with_code_2_and_one_line_before_any_training(words, want
 
 
 def test_the_command_line_runs_as_a_process(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, *flags(**{**SMALL, "BATCH_SIZE": 256, "EVAL_EVERY": 0, "OUTPUT_DIR": str(tmp_path)})],
+    done = subprocess.run([sys.executable, SCRIPT, *flags({**SMALL, "BATCH_SIZE": 256, "EVAL_EVERY": 0, "OUTPUT_DIR": str(tmp_path)})],
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "trained teacher" in done.stdout
     assert records(tmp_path, "start")[0]["data"] == "shapes"
+
+
+def test_a_run_whose_teacher_never_moves_says_so_and_a_usual_one_does_not(small, shapes, capsys):
+    train_dinov2(small(EMA_START=1.0), dataset=shapes)
+    assert "COLLAPSED: the teacher never moves" in capsys.readouterr().out
+    train_dinov2(small(), dataset=shapes)
+    assert "the teacher never moves" not in capsys.readouterr().out
 
 
 # The README
@@ -313,7 +309,7 @@ def test_every_training_command_of_the_readme_runs_in_small(command, tmp_path, m
         with pytest.raises(SystemExit, match="0"):
             main(words)
     else:
-        main(words + flags(**less))
+        main(words + flags(less))
     assert ("--total-epochs" if words == ["--help"] else "trained teacher") in capsys.readouterr().out
 
 
