@@ -3,11 +3,12 @@
     python benchmarks/recipe.py --data cifar.npz                              # the telling rows on a CPU, all on CUDA
     python benchmarks/recipe.py --list                                        # every row: its flags, and why
     python benchmarks/recipe.py --data cifar10 --rows default koleo-0 --minutes 2 --seeds 0 1 2
+    python benchmarks/recipe.py --data cifar.npz --at-once 2                  # two runs at a time, each with half of the cores
     python benchmarks/recipe.py --data cifar.npz --base --model-size tiny --patch-size 8    # --base comes last: all rows share it
 
 Writes recipe-<device>.json, .md (the table) and .png (k-NN accuracy against minutes) into benchmarks/results. Stop it at
 any time and give the same command again: a finished (row, seed) stays, an unfinished one goes on from its checkpoint. A row
-whose settings, data, minutes or code (of dinov2_cifar.py, comments apart) have changed is run again.
+whose settings, data, minutes, machine or code (of dinov2_cifar.py, comments apart) have changed is run again.
 
 Equal time: a row first times some steps, which sets its TOTAL_EPOCHS: whole epochs, at least one, so look at the seconds.
 Evaluation is not part of them. metrics.jsonl tells the time since the first step in every record of a step; where an
@@ -32,8 +33,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean, median
@@ -126,7 +129,7 @@ def is_lightly(row):
     return row.group == "lightly"
 
 
-def choose_rows(names, base):
+def choose_rows(names, base, at_once=1):
     """→ the rows that can be run, and a line for each that cannot: it is the default already, or Config refuses it."""
     config, rows, lines = dinov2.Config(**base), [], []
     for row in (row for row in ROWS if row.name in names):
@@ -137,6 +140,8 @@ def choose_rows(names, base):
             continue
         if is_lightly(row) and not all(importlib.util.find_spec(name) for name in ("lightly", "timm")):
             lines.append(f"{row.name} is left out; to have it: pip install lightly==1.6.0 timm==1.0.31")
+        elif is_lightly(row) and at_once > 1:
+            lines.append(f"{row.name} is left out: its loader takes all cores, so it needs --at-once 1")
         elif is_lightly(row) and (config.GLOBAL_CROPS_NUMBER != 2 or not config.LOCAL_CROPS_NUMBER):
             lines.append(f"{row.name} is left out: it needs two global crops and some local ones")
         elif not changed and row.name != "default" and not is_lightly(row):
@@ -319,6 +324,7 @@ class Setup(NamedTuple):
     data: dict  # what `data_mark` gives
     machine: dict  # what throughput.describe gives
     work: Path  # folder with a folder a run
+    at_once: int = 1  # runs at a time, each with its share of the cores
 
     def settings(self, row):
         return {**self.base, **changes(row, self.base)}
@@ -331,14 +337,22 @@ class RunFailed(RuntimeError):
     """A run ended with an error; the message is its last line."""
 
 
+CHILDREN = set()  # processes at work; they end with this program
+
+
 def call(words, folder):
     """Runs Python with these words, its progress and errors in folder/progress.txt → what it printed."""
     with open(folder / "progress.txt", "w") as progress:
-        done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, stderr=progress, text=True)
-    if done.returncode:
+        process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=progress, text=True)
+        CHILDREN.add(process)
+        printed, _ = process.communicate()
+        CHILDREN.discard(process)
+    if process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        raise SystemExit(143)                                    # stopped, by this program perhaps: not a failure of the row
+    if process.returncode:
         last = re.split(r"[\r\n]+", (folder / "progress.txt").read_text().strip())[-1]
-        raise RunFailed(last[:200] or f"exit code {done.returncode}")
-    return done.stdout
+        raise RunFailed(last[:200] or f"exit code {process.returncode}")
+    return printed
 
 
 def call_worker(work, folder, **job):
@@ -371,9 +385,10 @@ def identity(row, setup):
     """→ dict of plain values, the same as long as a finished run of this row need not be repeated."""
     settings = dinov2.Config(**setup.settings(row)).to_dict()
     peer = [inspect.getsource(part) for part in (throughput.Lightly, ScheduledLightly, work_lightly)] if is_lightly(row) else []
+    machine = setup.machine["device"] if torch.device(settings["DEVICE"]).type == "cuda" else [setup.machine["cpu"], setup.machine["cores"]]
     return json.loads(json.dumps({
         "settings": {name: value for name, value in settings.items() if name not in OF_A_RUN}, "data": setup.data, "minutes": setup.minutes,
-        "device": setup.machine["device"], "code": code_mark((ROOT / "dinov2_cifar.py").read_text(), *peer)}))
+        "machine": machine, "at once": setup.at_once, "code": code_mark((ROOT / "dinov2_cifar.py").read_text(), *peer)}))
 
 
 def standing(run, same):
@@ -383,50 +398,71 @@ def standing(run, same):
 
 def run_all(rows, seeds, runs, setup, save):
     """All rows with the first seed, then with the next. runs: dict "row seed": run, kept by save() at every change."""
+    lock, waiting = threading.Lock(), []
     for seed in seeds:
         for row in rows:
             name, same = f"{row.name} {seed}", identity(row, setup)
             stands = standing(runs.get(name), same)
-            if stands == "finished":
-                continue
             if stands == "new":
                 runs[name] = {"row": row.name, "seed": seed, "identity": same, "starts": [0]}
                 shutil.rmtree(setup.folder(runs[name]), ignore_errors=True)
-            run = runs[name]
-            run.pop("error", None)
-            setup.folder(run).mkdir(parents=True, exist_ok=True)
-            try:
-                (run_lightly if is_lightly(row) else run_ours)(row, run, runs, setup, save)
-                run.update(commit=throughput.git("rev-parse", "--short", "HEAD"), date=time.strftime("%Y-%m-%d %H:%M"))
-                print(f"{name}: k-NN {run['knn']:.1%} after {run['seconds'] / 60:.1f} minutes of training", flush=True)
-            except RunFailed as error:
-                run["error"] = str(error)
-                print(f"{name}: failed: {error}", flush=True)
+            if stands != "finished":
+                runs[name].pop("error", None)
+                waiting.append((row, runs[name]))
+
+    def keep(run, **values):                                     # the one place where runs change while others are at work
+        with lock:
+            run.update(values)
             save()
 
+    def work(pair):
+        row, run = pair
+        name = f"{row.name} {run['seed']}"
+        setup.folder(run).mkdir(parents=True, exist_ok=True)
+        try:
+            (run_lightly if is_lightly(row) else run_ours)(row, run, runs, setup, keep)
+            print(f"{name}: k-NN {run['knn']:.1%} after {run['seconds'] / 60:.1f} minutes of training", flush=True)
+        except RunFailed as error:
+            keep(run, error=str(error))
+            print(f"{name}: failed: {error}", flush=True)
 
-def run_ours(row, run, runs, setup, save):
+    pool = ThreadPoolExecutor(setup.at_once)
+    try:
+        if setup.at_once == 1:
+            list(map(work, waiting))
+        else:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, setup.machine["cores"] // setup.at_once))  # for the runs
+            for future in [pool.submit(work, pair) for pair in waiting]:
+                future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(CHILDREN):
+            process.terminate()
+
+
+def run_ours(row, run, runs, setup, keep):
     """Trains, or goes on, with dinov2_cifar.py; puts the command and the figures into the run. RunFailed if it fails."""
     folder, checkpoint = setup.folder(run), setup.folder(run) / "dinov2_last.pth"
     if "epochs" not in run:
-        run["epochs"] = choose_epochs(row, run, runs, setup)
-        save()                                                   # a stopped run goes on with as many
+        keep(run, epochs=choose_epochs(row, run, runs, setup))   # a stopped run goes on with as many
     settings = {**setup.settings(row), "SEED": run["seed"], "TOTAL_EPOCHS": run["epochs"], "EVAL_EVERY": evaluation_interval(run["epochs"]),
                 "SAVE_EVERY": 0, "OUTPUT_DIR": os.path.relpath(folder)}
-    run["command"] = shlex.join(["python", "dinov2_cifar.py", *flags(settings)])
     if read_run(folder, run["starts"], run["epochs"]) is None:
         if checkpoint.exists():
-            run["starts"] = sorted({*run["starts"], dinov2.read_checkpoint(checkpoint)["step"]})
-            save()
+            keep(run, starts=sorted({*run["starts"], dinov2.read_checkpoint(checkpoint)["step"]}))
         call([str(ROOT / "dinov2_cifar.py"), *flags(settings), *["--resume"] * checkpoint.exists()], folder)
-    run.update(read_run(folder, run["starts"], run["epochs"]))
+    finish(run, keep, shlex.join(["python", "dinov2_cifar.py", *flags(settings)]), read_run(folder, run["starts"], run["epochs"]))
     for file in folder.glob("*.pth"):                            # of a hundred runs they would fill a disk
         file.unlink()
 
 
+def finish(run, keep, command, figures):
+    keep(run, command=command, **figures, commit=throughput.git("rev-parse", "--short", "HEAD"), date=time.strftime("%Y-%m-%d %H:%M"))
+
+
 def choose_epochs(row, run, runs, setup):
     """→ TOTAL_EPOCHS of a run: as the row's other seeds have it, else from the speed of some steps."""
-    for other in runs.values():
+    for other in list(runs.values()):
         if other["row"] == row.name and other["identity"] == run["identity"] and "epochs" in other:
             return other["epochs"]
     settings = setup.settings(row)
@@ -434,13 +470,13 @@ def choose_epochs(row, run, runs, setup):
     return epochs_for(60 * setup.minutes, speed, setup.data["train"] // dinov2.Config(**settings).BATCH_SIZE)
 
 
-def run_lightly(row, run, runs, setup, save):
+def run_lightly(row, run, runs, setup, keep):
     """The same for lightly's parts, whose command is this program's."""
     shared = {name: value for name, value in setup.base.items() if name not in ("DATASET", "DEVICE")}
-    run["command"] = shlex.join(["python", "benchmarks/recipe.py", "--data", setup.base["DATASET"], "--device", setup.base["DEVICE"], "--minutes",
-                                 f"{setup.minutes:g}", "--seeds", str(run["seed"]), "--rows", row.name, "--base", *flags(shared)])
-    save()
-    run.update(call_worker("lightly", setup.folder(run), settings={**setup.settings(row), "SEED": run["seed"]}, seconds=60 * setup.minutes))
+    command = shlex.join(["python", "benchmarks/recipe.py", "--data", setup.base["DATASET"], "--device", setup.base["DEVICE"], "--minutes",
+                          f"{setup.minutes:g}", "--seeds", str(run["seed"]), "--rows", row.name, "--base", *flags(shared)])
+    finish(run, keep, command, call_worker("lightly", setup.folder(run), settings={**setup.settings(row), "SEED": run["seed"]},
+                                           seconds=60 * setup.minutes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,7 +582,8 @@ def save_results(rows, runs, setup, output):
     temporary.write_text(json.dumps({"machine": setup.machine, "minutes": setup.minutes, "data": setup.data, "rows": summary, "runs": runs}, indent=1))
     temporary.replace(output)
     machine, data, commits = setup.machine, setup.data, sorted({run["commit"] for run in runs.values() if run.get("commit")})
-    title = (f"{setup.minutes:g} minutes of training a run; {data['name']}, {data['train']:,} training and {data['test']:,} test pictures; "
+    together = f", {setup.at_once} runs at a time, each with {max(1, machine['cores'] // setup.at_once)} of the cores" * (setup.at_once > 1)
+    title = (f"{setup.minutes:g} minutes of training a run{together}; {data['name']}, {data['train']:,} training and {data['test']:,} test pictures; "
              f"{machine['device']} ({machine['cpu']}, {machine['cores']} cores), {machine['precision']}, torch {machine['torch']}; "
              f"commit {', '.join(commits) or '–'}")
     output.with_suffix(".md").write_text(markdown(summary, title))
@@ -563,6 +600,8 @@ def parse(argv):
     parser.add_argument("--data", default="cifar10", help="as --dataset of dinov2_cifar.py: a .npz file, a folder, cifar10, shapes [%(default)s]")
     parser.add_argument("--minutes", type=float, help="training time of every run [5, on CUDA 3]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="[0 1]")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time, each with its share of the cores; small networks "
+                        "train more in all than one after the other; not for lightly's parts, whose loader takes all cores [1]")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", help="see --list [the telling ones, on CUDA all]")
     parser.add_argument("--device", default=dinov2.best_device(), help="cuda, mps or cpu [%(default)s]")
     parser.add_argument("--output", type=Path, help="where the figures go, a .json [benchmarks/results/recipe-<device>.json]")
@@ -577,6 +616,8 @@ def parse(argv):
         arguments.minutes = 3 if arguments.kind == "cuda" else 5
     if not 0 < arguments.minutes < math.inf:
         parser.error(f"--minutes ({arguments.minutes}) must be above 0")
+    if not 1 <= arguments.at_once <= throughput.cores():
+        parser.error(f"--at-once ({arguments.at_once}) must lie between 1 and the number of cores ({throughput.cores()})")
     arguments.output = arguments.output or ROOT / "benchmarks" / "results" / f"recipe-{arguments.kind}.json"
     arguments.work = arguments.work or arguments.output.with_suffix("")
     return arguments
@@ -602,13 +643,13 @@ def benchmark(arguments):
     base = shared_settings(arguments)
     if arguments.list:
         return print_list(base)
-    rows, lines = choose_rows(arguments.rows or (CPU_ROWS if arguments.kind == "cpu" else [row.name for row in ROWS]), base)
+    rows, lines = choose_rows(arguments.rows or (CPU_ROWS if arguments.kind == "cpu" else [row.name for row in ROWS]), base, arguments.at_once)
     shown, _ = choose_rows([row.name for row in ROWS], base)     # earlier runs of rows that are not asked for now
     print("\n".join(lines), end="\n" * bool(lines))
     machine = throughput.describe(throughput.Setup(arguments.device, 0, "", any(is_lightly(row) for row in rows)))
     machine["precision"] = "bf16" if dinov2.autocast(dinov2.Config(**base))._enabled else "fp32"
     del machine["repeats"]
-    setup = Setup(base, arguments.minutes, data_mark(base), machine, arguments.work)
+    setup = Setup(base, arguments.minutes, data_mark(base), machine, arguments.work, arguments.at_once)
     setup.work.mkdir(parents=True, exist_ok=True)
     (setup.work / ".gitignore").write_text("*\n")
     runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else {}

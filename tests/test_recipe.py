@@ -1,7 +1,9 @@
 """benchmarks/recipe.py: its rows, equal time, what it runs again and goes on with, the table, lightly's parts."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +149,47 @@ def test_a_finished_run_is_kept_and_a_changed_one_is_done_again(bench, tmp_path)
     run("--seeds", "0", data="other.npz")
     assert {name for name, _ in calls} == {"default-seed0", "koleo-0-seed0"}
     assert not list(Path(tmp_path, "recipe").rglob("*.pth"))
+
+
+def test_runs_at_once_give_the_same_table_and_are_no_runs_of_the_whole_machine(bench, monkeypatch, tmp_path):
+    run, calls = bench
+    monkeypatch.setattr(recipe.throughput, "cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    fake, working, most = recipe.call, [], []
+
+    def call(words, folder):
+        working.append(folder.name)
+        most.append(len(working))
+        time.sleep(0.05)
+        working.remove(folder.name)
+        return fake(words, folder)
+
+    monkeypatch.setattr(recipe, "call", call)
+    run("--seeds", "0", "1", "--at-once", "2")
+    assert max(most) == 2 and recipe.os.environ["OMP_NUM_THREADS"] == "2"
+    assert {name for name, _ in calls} == {f"{row}-seed{seed}" for row in ("default", "koleo-0") for seed in (0, 1)}
+    table = Path(tmp_path, "recipe.md").read_text()
+    assert table.startswith("0.04 minutes of training a run, 2 runs at a time, each with 2 of the cores;") and table.count("| 16.0 |") == 2
+    calls.clear()
+    run("--seeds", "0", "1", "--at-once", "2")
+    assert not calls
+    run("--seeds", "0")
+    assert {name for name, _ in calls} == {"default-seed0", "koleo-0-seed0"}
+
+
+def test_a_stopped_benchmark_ends_its_runs_and_calls_none_of_them_failed(tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import recipe\n"
+            f"recipe.call = lambda words, folder, call=recipe.call: call(['-c', 'import time; print(1); time.sleep(60)'], folder)\n"
+            f"recipe.main(['--data', 'shapes', '--device', 'cpu', '--rows', 'default', 'koleo-0', '--seeds', '0', '--at-once', '2', '--output', "
+            f"{str(tmp_path / 'recipe.json')!r}])")
+    process = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(600):
+        if (tmp_path / "recipe" / "koleo-0-seed0" / "progress.txt").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(30) == 143 and not Path(tmp_path, "recipe.json").exists()
 
 
 def test_an_unfinished_run_goes_on_from_its_checkpoint(bench, monkeypatch, tmp_path):
