@@ -77,7 +77,7 @@ class Config:
     DROPOUT = 0.0  # dropout in the student's attention and MLPs; 0 in the published recipe
 
     # The heads
-    PROJECTION_DIM = 128  # K, number of prototypes: more make finer targets; 512 to 4,096 for small pictures, 65,536 on ImageNet
+    PROJECTION_DIM = 1024  # K, number of prototypes: more make finer targets; 512 to 4,096 for small pictures, 65,536 on ImageNet
     HEAD_HIDDEN_DIM = 512  # width of the heads' two hidden layers
     HEAD_BOTTLENECK_DIM = 64  # width of the heads' output before the prototypes
     HEAD_BATCH_NORM = True  # batch normalisation in the heads: removes what all features share
@@ -97,7 +97,7 @@ class Config:
     # The objective
     LAMBDA_IMG = 1.0  # weight of the image-level loss (DINO)
     LAMBDA_PATCH = 0.2  # weight of the patch-level loss (iBOT); 1 in the published recipe, where runs are long
-    LAMBDA_KOLEO = 1.0  # weight of the regulariser that spreads the class tokens; 0.1 in the published recipe, too weak for a short run
+    LAMBDA_KOLEO = 0.3  # weight of the regulariser that spreads the class tokens; 0.1 in the published recipe, where runs are long
     KOLEO_KIND = "nearest"  # "nearest": log distance to the nearest other picture (KoLeo); "cosine": mean squared cosine
     MASK_KIND = "block"  # "block": patches are masked in rectangles; "random": one by one
     MASK_RATIO = 0.15  # mean share of masked patches over all global crops; a masked crop has 1/3 to 5/3 times MASK_RATIO / MASK_PROB
@@ -206,7 +206,7 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, PROJECTION_DIM=1024, LEARNING_RATE=4e-3, TOTAL_EPOCHS=28,
+QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LAMBDA_KOLEO=1.0, LEARNING_RATE=4e-3, TOTAL_EPOCHS=28,
              LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=4,
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 

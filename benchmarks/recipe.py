@@ -78,6 +78,7 @@ ROWS = [Row(*row) for row in (
     ("koleo-cosine", "losses", {"KOLEO_KIND": "cosine"}, "all other pictures are pushed away"),
     ("koleo-0", "losses", {"LAMBDA_KOLEO": 0.0}, "nothing but the targets spreads the features"),
     ("koleo-0.1", "losses", {"LAMBDA_KOLEO": 0.1}, "the published weight"),
+    ("koleo-0.3", "losses", {"LAMBDA_KOLEO": 0.3}, "three times the published weight"),
     ("koleo-1", "losses", {"LAMBDA_KOLEO": 1.0}, "ten times the published weight"),
     ("koleo-3", "losses", {"LAMBDA_KOLEO": 3.0}, "spreading above all"),
     ("no-sinkhorn", "targets", {"SINKHORN_ITERATIONS": 0}, "softmax alone: nothing balances the prototypes"),
@@ -114,7 +115,7 @@ ROWS = [Row(*row) for row in (
     ("lightly", "lightly", {}, "lightly's parts with our constants and schedules, at equal size, crops and time"),
     ("lightly-own", "lightly", LIGHTLY_OWN, "the same with the constants of lightly's example"),
 )]
-CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-0.1", "no-sinkhorn", "teacher-temp-published", "prototypes-1024", "learned-prototypes",
+CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-1", "no-sinkhorn", "teacher-temp-published", "prototypes-128", "learned-prototypes",
             "no-batch-norm", "ema-0.996", "local-crops-0", "global-scale-0.25", "lightly")
 OF_A_RUN = ("SEED", "TOTAL_EPOCHS", "OUTPUT_DIR", "RESUME", "EVAL_EVERY", "SAVE_EVERY", "DATASET", "DATA_PATH")  # no part of a row's recipe
 
