@@ -659,6 +659,11 @@ def benchmark(arguments):
     print(f"\n{arguments.output.with_suffix('.md').read_text()}\n{arguments.output}")
 
 
+def stop(number, frame):
+    signal.signal(number, signal.SIG_IGN)                        # `timeout` sends it twice
+    sys.exit(128 + number)
+
+
 def main(argv=None):
     arguments = parse(argv)
     if arguments.job:
@@ -666,7 +671,7 @@ def main(argv=None):
             dinov2.keep_freed_memory()
         print("\n" + json.dumps({"speed": work_speed, "lightly": work_lightly}[arguments.job["work"]](arguments.job)))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that a run in progress ends with this program
+    signal.signal(signal.SIGTERM, stop)                          # so that a run in progress ends with this program
     try:
         benchmark(arguments)
     except dinov2.InputError as error:
