@@ -18,14 +18,17 @@ pixels, N patches of a crop, T = 1 + registers + N tokens, D width, K prototypes
 import argparse
 import ctypes
 import inspect
+import io
 import json
 import math
 import os
 import random
 import re
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
@@ -132,6 +135,7 @@ class Config:
     COMPILE = True  # torch.compile the networks where it pays, which is on CUDA; off by itself without Triton
     EVAL_EVERY = 1  # epochs between evaluations (0: only at the end)
     SAVE_EVERY = 10  # epochs between checkpoints that are kept (0: only the last one)
+    SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch, from which a run can go on (0: only at an epoch's end)
     RESUME = ""  # checkpoint to go on from; "newest", or the flag alone: the newest in OUTPUT_DIR (empty: start afresh)
 
     def __init__(self, **overrides):
@@ -202,7 +206,7 @@ RANGES = (  # names, least, most
     ("GLOBAL_CROPS_SCALE LOCAL_CROPS_SCALE", 0.001, 1),
     ("STUDENT_TEMP TEACHER_TEMP_START TEACHER_TEMP_END", 0.001, 10),
     ("LEARNING_RATE LEARNING_RATE_END COLOR_JITTER", 0, 10),
-    ("WEIGHT_DECAY WEIGHT_DECAY_END LAMBDA_IMG LAMBDA_PATCH LAMBDA_KOLEO CLIP_GRAD LAYER_SCALE", 0, 1e6),
+    ("WEIGHT_DECAY WEIGHT_DECAY_END LAMBDA_IMG LAMBDA_PATCH LAMBDA_KOLEO CLIP_GRAD LAYER_SCALE SAVE_EVERY_MINUTES", 0, 1e6),
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
@@ -1216,7 +1220,7 @@ def make_optimizer(model):
 def train_step(model, optimizer, views, mask, settings, masked_patches=None):
     """One step: losses, gradients, AdamW, then the teacher → dict of 0-dimensional tensors; nothing waits for the device.
 
-    settings: what `Schedules.at` gives.
+    settings: what `Schedules.at` gives. Where the loss or its gradient is not finite the weights stay, and `skipped` is 1.
     """
     for group in optimizer.param_groups:
         group["lr"] = settings["prototype_lr" if group["name"] == "prototypes" else "lr"]
@@ -1227,6 +1231,8 @@ def train_step(model, optimizer, views, mask, settings, masked_patches=None):
     values["loss"].backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, model.config.CLIP_GRAD or math.inf)
+    values["skipped"] = 1 - torch.isfinite(values["loss"] + values["grad_norm"]).float()
+    optimizer.found_inf = values["skipped"]                      # with it the fused AdamW leaves all as it is
     optimizer.step()
     model.update_teacher(settings["momentum"])
     return {name: value.detach() for name, value in values.items()}
@@ -1406,16 +1412,44 @@ def device_random_state(device, state=None):
     return get(*which) if state is None else put(state, *which)
 
 
-def save_checkpoint(path, model, optimizer, epoch, step, data=""):
-    """Writes all that a run needs to go on, beside its name first and then renamed: no half file is ever seen."""
-    device = torch.device(model.config.DEVICE)
+def write_safely(path, data):
+    """Writes bytes beside the path's name, flushes them to the disk, then renames: no half file is ever seen under that name."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:                                          # the folder is gone, or not ours any more
+            pass
+        raise InputError(f"{path} cannot be written: {error}; what was saved before is whole. Make room or give another "
+                         "OUTPUT_DIR, then go on with --resume") from None
+
+
+def random_states(states=None):
+    """→ the states of Python's, NumPy's and torch's generators, in plain values; given these, sets them."""
+    if states is None:
+        kind, keys, *rest = np.random.get_state()
+        return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    version, keys, rest = states["python"]
+    random.setstate((version, tuple(keys), rest))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"].cpu())
+
+
+def save_checkpoint(path, model, optimizer, epoch, step, data="", window=()):
+    """Writes all that a run needs to go on. epoch: those done; window: what `Report` has not yet told, as Report.window."""
     states = {key: getattr(model, part).state_dict() for part, key in STATE_KEYS.items()}
     states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=optimizer.state_dict(),
-                  random_state=torch.get_rng_state(),
-                  device_random_state=device_random_state(device))
-    temporary = Path(f"{path}.tmp")
-    torch.save(states, temporary)
-    temporary.replace(path)
+                  random_states=random_states(), window=list(window),
+                  device_random_state=device_random_state(torch.device(model.config.DEVICE)))
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    write_safely(path, buffer.getbuffer())
 
 
 def read_checkpoint(path, device="cpu"):
@@ -1439,8 +1473,10 @@ def load_checkpoint(path, model, optimizer=None):
     except RuntimeError as error:
         raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
     if optimizer is not None:
+        if "window" not in states:
+            raise InputError(f"{path} is of an earlier version, from which a run cannot go on exactly; start afresh")
         optimizer.load_state_dict(states["optimizer_state_dict"])
-        torch.set_rng_state(states["random_state"].cpu())
+        random_states(states["random_states"])
         if states["device_random_state"] is not None:
             device_random_state(torch.device(model.config.DEVICE), states["device_random_state"].cpu())
     return states
@@ -1455,15 +1491,21 @@ def load_backbone(path, device="cpu"):
 
 
 def find_checkpoint(config):
-    """→ the path that config.RESUME means, or None where the run starts afresh."""
-    if config.RESUME in ("", "newest"):
-        found = sorted(Path(config.OUTPUT_DIR).glob("dinov2_*.pth"), key=lambda p: p.stat().st_mtime) if config.RESUME else []
-        if config.RESUME and not found:
-            print(f"no checkpoint in {config.OUTPUT_DIR}: starting afresh")
-        return found[-1] if found else None
-    if not Path(config.RESUME).is_file():
-        raise InputError(f"RESUME ({config.RESUME!r}) is no file; give a checkpoint's path, or --resume alone for the newest")
-    return Path(config.RESUME)
+    """→ the path that config.RESUME means, or None where the run starts afresh. "newest": the newest that can be read."""
+    if config.RESUME not in ("", "newest"):
+        if not Path(config.RESUME).is_file():
+            raise InputError(f"RESUME ({config.RESUME!r}) is no file; give a checkpoint's path, or --resume alone for the newest")
+        return Path(config.RESUME)
+    found = sorted(Path(config.OUTPUT_DIR).glob("dinov2_*.pth"), key=lambda p: p.stat().st_mtime_ns, reverse=True) if config.RESUME else []
+    for path in found:
+        try:
+            read_checkpoint(path)
+            return path
+        except InputError as error:
+            print(f"left out: {error}")
+    if config.RESUME:
+        print(f"no checkpoint in {config.OUTPUT_DIR}: starting afresh")
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1473,24 +1515,36 @@ def find_checkpoint(config):
 class Report:
     """The one place that tells how a run goes. Reads values from the device only every `self.every` steps."""
 
-    def __init__(self, config, steps_per_epoch, first_step, history):
+    def __init__(self, config, steps_per_epoch, first_step, history, window=()):
         self.config, self.steps_per_epoch, self.first_step = config, steps_per_epoch, first_step
         self.total_steps, self.step = steps_per_epoch * config.TOTAL_EPOCHS, first_step
         self.every = max(1, min(50, self.total_steps // 100))
-        self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history), [], []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in history))
-        temporary.replace(self.path)
+        self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history), list(window), []
+        self.skipped = self.skipped_in_a_row = 0
+        before = first_step - first_step % steps_per_epoch
+        for row in (r for r in history if r["event"] == "step" and r["step"] > before):           # of an epoch that was cut
+            self.epoch_rows += [{key: value for key, value in row.items() if key != "event"}] * (row["step"] - before)
+            before = row["step"]
+        write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
 
     def start(self):
-        """The clock and the bar run from here."""
+        """The clock runs from here → the bar, to be closed by `with`."""
         self.started = time.perf_counter()
         self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", mininterval=0.5, dynamic_ncols=True)
+        return self.bar
 
     def record(self, event, **values):
+        """Adds a line to metrics.jsonl, or, where the disk is full, nothing."""
         self.history.append({"event": event, **values})
-        with open(self.path, "a") as file:
-            file.write(json.dumps(self.history[-1]) + "\n")
+        line = (json.dumps(self.history[-1]) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                written = file.write(line)
+                if written < len(line):
+                    file.truncate(file.tell() - written)
+                    raise OSError("no space is left")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error}; make room, then go on with --resume") from None
 
     def say(self, text):
         tqdm.write(text)
@@ -1499,27 +1553,38 @@ class Report:
         """Takes a step's scalars, still on the device, and its settings."""
         self.step += 1
         self.window.append(torch.stack([value.float() for value in values.values()]))
-        done = self.step - self.first_step
-        if self.step % self.every == 0 or self.step % self.steps_per_epoch == 0 or done in (1, 6):
-            means = torch.stack(self.window).mean(0).tolist()    # waits for the device here
-            if not all(map(math.isfinite, means)):
-                raise InputError(f"the loss is not finite at step {self.step}; try PRECISION fp32, then a lower LEARNING_RATE "
-                                 f"({self.config.LEARNING_RATE})")
-            row = {"step": self.step, **dict(zip(values, means)), **settings, **self.speed(done)}
-            self.epoch_rows += [row] * len(self.window)
-            self.window = []
+        done, due = self.step - self.first_step, self.step % self.every == 0 or self.step % self.steps_per_epoch == 0 or self.step in (1, 6)
+        if due or done in (1, 6):
+            rows = dict(zip(values, torch.stack(self.window).T.tolist()))                         # waits for the device here
+            speed = self.speed(done)
+        if due:
+            row, count, self.window = {"step": self.step, **self.means(rows), **settings, "pictures_per_second": speed}, len(self.window), []
+            self.epoch_rows += [row] * count
             self.record("step", **row)
             self.bar.set_postfix({"img": f"{row['img']:.2f}", "patch": f"{row['patch']:.2f}", "koleo": f"{row['koleo']:.2f}",
-                                  "lr": f"{row['lr']:.1e}", "ema": f"{row['momentum']:.3f}",
-                                  "pictures/s": f"{row['pictures_per_second']:.0f}"}, refresh=False)
+                                  "lr": f"{row['lr']:.1e}", "ema": f"{row['momentum']:.3f}", "pictures/s": f"{speed:.0f}"}, refresh=False)
         self.bar.update()
 
+    def means(self, rows):
+        """Lists of the steps' scalars by name → their means over the steps that were not skipped, and how many were."""
+        for step, skipped in enumerate(rows["skipped"], self.step - len(rows["skipped"]) + 1):
+            self.skipped += bool(skipped)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if skipped:
+                self.say(f"step {step} skipped: its loss or gradient is not finite ({self.skipped} since the start)")
+            if self.skipped_in_a_row == 10:
+                wrong = [name for name in ("img", "patch", "koleo", "grad_norm") if not math.isfinite(rows[name][step - self.step - 1])]
+                raise InputError(f"ten steps in a row, up to step {step}, are not finite, here in {', '.join(wrong)}; checkpoints from before are "
+                                 f"in OUTPUT_DIR ({self.config.OUTPUT_DIR!r}). Go on with --resume and PRECISION fp32, or a lower LEARNING_RATE")
+        good = [i for i, skipped in enumerate(rows["skipped"]) if not skipped]
+        return {name: sum(values) if name == "skipped" else sum(values[i] for i in good) / max(len(good), 1) for name, values in rows.items()}
+
     def speed(self, done):
-        """Pictures a second since the first step, which warms up; tells the whole run's time after six."""
+        """→ pictures a second since the first step, which warms up; after six tells the whole run's time."""
         now = time.perf_counter()
         if done == 1:
             self.clock = now
-            return {"pictures_per_second": self.config.BATCH_SIZE / (now - self.started)}
+            return self.config.BATCH_SIZE / (now - self.started)
         per_step = (now - self.clock) / (done - 1)
         if done == 6 and self.step < self.total_steps:
             left = per_step * (self.total_steps - self.step)
@@ -1527,7 +1592,7 @@ class Report:
             if left > 3600 and torch.device(self.config.DEVICE).type == "cpu":
                 self.say("That is over an hour on this CPU. For a first look: --quick. To shorten the run, lower TOTAL_EPOCHS, "
                          "TRAIN_IMAGES or LOCAL_CROPS_NUMBER, or set MODEL_SIZE tiny and PATCH_SIZE 8.")
-        return {"pictures_per_second": self.config.BATCH_SIZE / per_step}
+        return self.config.BATCH_SIZE / per_step
 
     def end_epoch(self, epoch, scores):
         """One aligned line and one record: means over the epoch's steps, and the evaluation if there was one."""
@@ -1553,7 +1618,9 @@ def show(axes, image, title=""):
 
 def save_figure(figure, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:], dpi=120, bbox_inches="tight")
+    write_safely(path, buffer.getbuffer())
 
 
 def new_figure(width, height, **options):
@@ -1680,6 +1747,24 @@ def epoch_batches(count, batch_size, seed, epoch):
     return order[:count - count % batch_size].split(batch_size)
 
 
+@contextmanager
+def stop_requests():
+    """Inside, Ctrl-C and SIGTERM are only noted, in the list that this gives; a second one ends the program at once."""
+    asked, before = [], {}
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(number, before[number] or signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():    # elsewhere Python gives no signals
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
 def make_transform(config, mean, std):
     c = config
     return MultiCropTransform(c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER, c.GLOBAL_CROPS_SCALE,
@@ -1709,25 +1794,32 @@ def describe(config, model, pictures, steps):
             f"{steps:,} steps of {c.BATCH_SIZE}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
 
 
-def start_or_resume(config, path, model, optimizer, data):
-    """→ epochs done and the records of metrics.jsonl that belong to them; loads the checkpoint at path, if any.
+def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
+    """→ steps done, the records of metrics.jsonl that belong to them, and what of them is not yet recorded; loads the checkpoint at
+    path, if any.
 
     data: the pictures' name; a run does not go on with other ones. A fresh start puts an earlier run's files aside.
     """
     if path is None:
         put_aside(config.OUTPUT_DIR)
-        return 0, []
+        return 0, [], []
     states = load_checkpoint(path, model, optimizer)
+    records = [r for r in read_metrics(Path(path).with_name("metrics.jsonl")) if r.get("step", 0) <= states["step"]]
+    epochs, step, window = states["epoch"], states["step"], states["window"]
     if states["data"] != data:
         raise InputError(f"{path} was trained on {states['data']}, these pictures are {data}; give DATASET the same ones")
-    if states["epoch"] >= config.TOTAL_EPOCHS:
-        raise InputError(f"{path} has done {states['epoch']} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
+    if epochs > config.TOTAL_EPOCHS or epochs == config.TOTAL_EPOCHS and any(r["event"] == "final" for r in records):
+        raise InputError(f"{path} has done {epochs} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
     now = config.to_dict()
-    changed = [f"{name}: saved {value}, now {now.get(name)}" for name, value in states["config"].items()
-               if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now.get(name) != value]
-    print("\n".join([f"going on after epoch {states['epoch']} of {path}", *changed]))
-    records = read_metrics(Path(path).with_name("metrics.jsonl"))
-    return states["epoch"], [r for r in records if r["event"] != "final" and r.get("step", 0) <= states["step"]]
+    print(f"going on after epoch {epochs}, step {step:,}, of {path}")
+    for name, value in states["config"].items():
+        if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now.get(name) != value:
+            effect = ": all schedules stretch with it, so rates and momenta jump" if name == "TOTAL_EPOCHS" else ""
+            print(f"{name}: saved {value}, now {now.get(name)}{effect}")
+    if step // steps_per_epoch != epochs:
+        print(f"an epoch has another number of steps now, {steps_per_epoch:,}: going on at the beginning of epoch {epochs + 1}")
+        step, window = epochs * steps_per_epoch, []
+    return step, [r for r in records if r["event"] != "final"], window
 
 
 def put_aside(folder):
@@ -1755,13 +1847,18 @@ def train_dinov2(config=None, dataset=None):
     """Trains on config's pictures, or on dataset (whatever `as_pictures` takes), and returns the DINOv2.
 
     Writes checkpoints, metrics.jsonl and figures into config.OUTPUT_DIR. InputError before any long work where the
-    settings, the data or the checkpoint to resume from cannot work.
+    settings, the data or the checkpoint to resume from cannot work. Ctrl-C (KeyboardInterrupt) and SIGTERM (SystemExit
+    with 143) end it after the step, with all saved.
     """
-    # Settings, pictures, network
     c = config or Config()
     if torch.device(c.DEVICE).type == "cpu":
         keep_freed_memory()
-    make_output_folder(c)
+    with output_folder(c.OUTPUT_DIR):
+        return train_in_folder(c, dataset)
+
+
+def train_in_folder(c, dataset):
+    # Settings, pictures, network
     checkpoint = find_checkpoint(c)
     pictures = prepare_pictures(c, dataset)
     torch.manual_seed(c.SEED)
@@ -1774,8 +1871,8 @@ def train_dinov2(config=None, dataset=None):
     masked_patches = sum(mask_counts(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2, c.MASK_RATIO, c.MASK_PROB))
 
     # Where the run stands, and where the features stood before training
-    first_epoch, history = start_or_resume(c, checkpoint, model, optimizer, pictures.name)
-    report = Report(c, steps_per_epoch, first_epoch * steps_per_epoch, history)
+    first_step, history, window = start_or_resume(c, checkpoint, model, optimizer, pictures.name, steps_per_epoch)
+    report = Report(c, steps_per_epoch, first_step, history, window)
     print(describe(c, model, pictures, report.total_steps))
     evaluates = pictures.train_labels is not None and pictures.test_labels is not None
     if not evaluates:
@@ -1788,44 +1885,77 @@ def train_dinov2(config=None, dataset=None):
         report.record("baseline", **baseline)
     if "knn" in baseline:
         print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
-    report.start()
 
     # The epochs
-    for epoch in range(first_epoch, c.TOTAL_EPOCHS):
-        for indices in epoch_batches(len(crops), c.BATCH_SIZE, c.SEED, epoch):
-            settings = schedules.at(report.step)
-            views, mask = crops.__getitems__(indices), draw_masks(c, c.DEVICE)
-            report.add(train_step(model, optimizer, views, mask, settings, masked_patches), settings)
-        due, last = c.EVAL_EVERY and (epoch + 1) % c.EVAL_EVERY == 0, epoch + 1 == c.TOTAL_EPOCHS
-        scores = {}
-        if evaluates and (due or last):
-            scores = evaluate(model, pictures, linear=last)
-        report.end_epoch(epoch + 1, scores)
-        save_epoch(model, optimizer, epoch + 1, report.step, pictures.name)
+    with stop_requests() as asked, report.start():
+        saved = time.perf_counter()
+        for epoch in range(first_step // steps_per_epoch, c.TOTAL_EPOCHS):
+            for indices in epoch_batches(len(crops), c.BATCH_SIZE, c.SEED, epoch)[report.step - epoch * steps_per_epoch:]:
+                settings = schedules.at(report.step)
+                views, mask = crops.__getitems__(indices), draw_masks(c, c.DEVICE)
+                report.add(train_step(model, optimizer, views, mask, settings, masked_patches), settings)
+                overdue = c.SAVE_EVERY_MINUTES and time.perf_counter() - saved > 60 * c.SAVE_EVERY_MINUTES
+                if (asked or overdue) and report.step % steps_per_epoch:
+                    save_epoch(model, optimizer, epoch, report, pictures.name)
+                    saved = time.perf_counter()
+                    leave_if(asked, report)
+            due, last = c.EVAL_EVERY and (epoch + 1) % c.EVAL_EVERY == 0, epoch + 1 == c.TOTAL_EPOCHS
+            report.end_epoch(epoch + 1, evaluate(model, pictures, linear=last) if evaluates and (due or last) else {})
+            save_epoch(model, optimizer, epoch + 1, report, pictures.name)
+            saved = time.perf_counter()
+            if not last:
+                leave_if(asked, report)
     finish(model, pictures, transform, report, baseline)
     return model
 
 
-def make_output_folder(config):
+@contextmanager
+def output_folder(folder):
+    """Makes OUTPUT_DIR and keeps other runs out of it; the lock falls with the process, however that ends."""
     try:
-        Path(config.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        Path(config.OUTPUT_DIR, "metrics.jsonl").open("a").close()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "metrics.jsonl").open("a").close()
+        lock = open(Path(folder, ".lock"), "w")
     except OSError as error:
-        raise InputError(f"OUTPUT_DIR ({config.OUTPUT_DIR!r}) cannot be written: {error}; give another folder") from None
+        raise InputError(f"OUTPUT_DIR ({folder!r}) cannot be written: {error}; give another folder") from None
+    with lock:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"OUTPUT_DIR ({folder!r}) is in use by another run; wait for it, or give another folder") from None
+        yield
 
 
-def save_epoch(model, optimizer, epoch, step, data):
-    """dinov2_last.pth after every epoch, dinov2_epoch_{n}.pth every SAVE_EVERY epochs, dinov2_final.pth after the last."""
-    c = model.config
-    names = ["last"] + [f"epoch_{epoch}"] * bool(c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0) + ["final"] * (epoch == c.TOTAL_EPOCHS)
-    for name in names:
-        save_checkpoint(Path(c.OUTPUT_DIR, f"dinov2_{name}.pth"), model, optimizer, epoch, step, data)
+def save_epoch(model, optimizer, epoch, report, data):
+    """dinov2_last.pth, the one before it as dinov2_previous.pth; at the end of an epoch also dinov2_epoch_{n}.pth every SAVE_EVERY epochs,
+    and dinov2_final.pth after the last. epoch: those done."""
+    c, folder, ended = model.config, Path(model.config.OUTPUT_DIR), report.step % report.steps_per_epoch == 0
+    new, last, previous = (folder / f"dinov2_{name}.pth" for name in ("new", "last", "previous"))
+    for path in (new, *[folder / f"dinov2_epoch_{epoch}.pth"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0),
+                 *[folder / "dinov2_final.pth"] * (epoch == c.TOTAL_EPOCHS)):
+        save_checkpoint(path, model, optimizer, epoch, report.step, data, report.window)
+    if last.exists():
+        last.replace(previous)
+    new.replace(last)                                            # at every moment there are two that are whole
+
+
+def leave_if(asked, report):
+    """Ends the run where a signal asked for it; all is saved."""
+    if asked:
+        report.say(f"stopped and saved at step {report.step:,} of {report.total_steps:,}; the same command with --resume goes on")
+        if asked[0] == signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
 
 def finish(model, pictures, transform, report, baseline):
     """The closing table, the final record and the four pictures."""
     c, folder = model.config, Path(model.config.OUTPUT_DIR, "figures")
-    report.bar.close()
     scores = next((r for r in reversed(report.history) if r["event"] == "epoch"), {})
     seconds = time.perf_counter() - report.started
     report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "iou", "rank") if k in scores})
@@ -1854,6 +1984,8 @@ def main(argv=None):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

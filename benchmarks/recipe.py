@@ -339,6 +339,7 @@ class RunFailed(RuntimeError):
 
 
 CHILDREN = set()  # processes at work; they end with this program
+STOPPING = threading.Event()  # from then on nothing may start
 
 
 def call(words, folder):
@@ -346,6 +347,8 @@ def call(words, folder):
     with open(folder / "progress.txt", "w") as progress:
         process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=progress, text=True)
         CHILDREN.add(process)
+        if STOPPING.is_set():
+            process.terminate()
         printed, _ = process.communicate()
         CHILDREN.discard(process)
     if process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):
@@ -428,6 +431,7 @@ def run_all(rows, seeds, runs, setup, save):
             print(f"{name}: failed: {error}", flush=True)
 
     pool = ThreadPoolExecutor(setup.at_once)
+    STOPPING.clear()
     try:
         if setup.at_once == 1:
             list(map(work, waiting))
@@ -436,6 +440,7 @@ def run_all(rows, seeds, runs, setup, save):
             for future in [pool.submit(work, pair) for pair in waiting]:
                 future.result()
     finally:
+        STOPPING.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(CHILDREN):
             process.terminate()

@@ -178,7 +178,7 @@ def test_runs_at_once_give_the_same_table_and_are_no_runs_of_the_whole_machine(b
 
 
 def test_a_stopped_benchmark_ends_its_runs_and_calls_none_of_them_failed(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import recipe\n"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import recipe; recipe.throughput.cores = lambda: 2\n"
             f"recipe.call = lambda words, folder, call=recipe.call: call(['-c', 'import time; print(1); time.sleep(60)'], folder)\n"
             f"recipe.main(['--data', 'shapes', '--device', 'cpu', '--rows', 'default', 'koleo-0', '--seeds', '0', '--at-once', '2', '--output', "
             f"{str(tmp_path / 'recipe.json')!r}])")

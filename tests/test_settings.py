@@ -253,7 +253,7 @@ WEIGHTS = dict(                                                  # constant: in 
     EMA_END=(1.0, 0.99), FREEZE_PROTOTYPES=(0.0, 0.5), CLIP_GRAD=(3.0, 0.01), TOTAL_EPOCHS=(2, 1), TRAIN_IMAGES=(0, 16),
     SEED=(0, 1), PRECISION=("fp32", "bf16"))
 WRITTEN = dict(EVAL_EVERY=(1, 2), SAVE_EVERY=(0, 1))             # they change files and leave the weights
-OWN_TEST = ["DATASET", "DATA_PATH", "OUTPUT_DIR", "DEVICE", "COMPILE", "RESUME"]
+OWN_TEST = ["DATASET", "DATA_PATH", "OUTPUT_DIR", "DEVICE", "COMPILE", "RESUME", "SAVE_EVERY_MINUTES"]
 
 
 @pytest.fixture(scope="module", autouse=True)

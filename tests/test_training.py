@@ -60,7 +60,8 @@ def test_a_run_leaves_checkpoints_metrics_and_figures(small, shapes, capsys):
     config = small(TOTAL_EPOCHS=2, SAVE_EVERY=1, EVAL_EVERY=1)
     model = train_dinov2(config, dataset=shapes)
     out = Path(config.OUTPUT_DIR)
-    assert sorted(p.name for p in out.glob("*.pth")) == ["dinov2_epoch_1.pth", "dinov2_epoch_2.pth", "dinov2_final.pth", "dinov2_last.pth"]
+    assert sorted(p.name for p in out.glob("*.pth")) == ["dinov2_epoch_1.pth", "dinov2_epoch_2.pth", "dinov2_final.pth", "dinov2_last.pth",
+                                                              "dinov2_previous.pth"]
     assert sorted(p.name for p in (out / "figures").iterdir()) == ["attention.png", "curves.png", "pca.png", "views.png"]
     assert isinstance(model, dinov2_cifar.DINOv2)
     assert [row["event"] for row in records(out) if row["event"] != "step"] == ["start", "baseline", "epoch", "epoch", "final"]
@@ -119,7 +120,7 @@ def test_a_checkpoint_has_the_promised_keys_and_plain_values(small, shapes):
     train_dinov2(config, dataset=shapes)
     states = torch.load(Path(config.OUTPUT_DIR, "dinov2_final.pth"), weights_only=True)
     assert {"epoch", "student_state_dict", "teacher_state_dict", "img_head_state_dict", "patch_head_state_dict",
-            "teacher_img_head_state_dict", "teacher_patch_head_state_dict", "optimizer_state_dict", "random_state", "config"} <= set(states)
+            "teacher_img_head_state_dict", "teacher_patch_head_state_dict", "optimizer_state_dict", "random_states", "config"} <= set(states)
     assert Config(**states["config"]).to_dict() == config.to_dict()
 
 
@@ -157,7 +158,7 @@ def test_a_run_cut_off_after_an_epoch_resumes_to_the_same_weights(small, shapes,
 def test_a_fresh_start_puts_an_earlier_run_aside(small, shapes, capsys):
     config = small()
     train_dinov2(config, dataset=shapes)
-    first = {p.name: p.read_bytes() for p in Path(config.OUTPUT_DIR).iterdir() if p.is_file()}
+    first = {p.name: p.read_bytes() for p in Path(config.OUTPUT_DIR).iterdir() if p.is_file() and p.name != ".lock"}
     train_dinov2(small(SEED=1), dataset=shapes)
     (aside,) = Path(config.OUTPUT_DIR).glob("earlier-*")
     assert {p.name: p.read_bytes() for p in aside.iterdir()} == first
@@ -185,13 +186,6 @@ def test_resume_reads_the_history_beside_the_checkpoint_and_forgives_half_a_line
     assert len(records(elsewhere, "baseline")) == 1
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_by_name(small, shapes, monkeypatch):
-    step = dinov2_cifar.train_step
-    monkeypatch.setattr(dinov2_cifar, "train_step", lambda *a: {name: value * math.nan for name, value in step(*a).items()})
-    with pytest.raises(InputError, match="not finite at step 1; try PRECISION fp32"):
-        train_dinov2(small(), dataset=shapes)
-
-
 def test_resume_without_a_checkpoint_starts_afresh_with_a_word(small, capsys):
     assert find_checkpoint(small(RESUME="newest")) is None
     assert "starting afresh" in capsys.readouterr().out
@@ -204,14 +198,13 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_whole(small, monkeypatch, 
     path, optimizer = tmp_path / "x.pth", make_optimizer(model)
     save_checkpoint(path, model, optimizer, 1, 8)
 
-    def half(states, file):
-        Path(file).write_bytes(b"half a file")
+    def full(number):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="x.pth cannot be written: disk full; what was saved before is whole"):
         save_checkpoint(path, model, optimizer, 2, 16)
-    assert read_checkpoint(path)["epoch"] == 1
+    assert read_checkpoint(path)["epoch"] == 1 and os.listdir(tmp_path) == ["x.pth"]
 
 
 def test_what_is_no_checkpoint_is_refused_and_nothing_in_it_runs(small, tmp_path):

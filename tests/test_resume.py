@@ -1,0 +1,301 @@
+"""Nothing lost: a run that was cut anywhere and resumed is the run that was never cut; signals, full disks, numbers that go wrong."""
+
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+import dinov2_cifar
+from dinov2_cifar import InputError, find_checkpoint, make_shapes, read_checkpoint, train_dinov2
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    for name in ("draw_views", "draw_curves", "draw_attention", "draw_pca"):
+        monkeypatch.setattr(dinov2_cifar, name, lambda *args: None)
+
+
+def told(folder):
+    """→ the records of metrics.jsonl without what a clock says."""
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    rows = [{key: value for key, value in json.loads(line).items() if key not in ("pictures_per_second", "seconds")} for line in lines]
+    return [row for row in rows if row["event"] != "start"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def at_step(monkeypatch, wanted, action):
+    """The action is done in the middle of step number wanted, counted from here."""
+    step, count = dinov2_cifar.train_step, [0]
+
+    def train_step(*args):
+        count[0] += 1
+        if count[0] == wanted:
+            action()
+        return step(*args)
+
+    monkeypatch.setattr(dinov2_cifar, "train_step", train_step)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """→ weights and records of three epochs of eight steps that were never cut; few records, so that a cut falls between two."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_views", "draw_curves", "draw_attention", "draw_pca"):
+            patch.setattr(dinov2_cifar, name, lambda *args: None)
+        patch.setattr(dinov2_cifar.Report, "every", property(lambda self: 5, lambda self, value: None), raising=False)
+        model = train_dinov2(settings(out), dataset=(*make_shapes(64, 32, seed=0), *make_shapes(32, 32, seed=1)))
+    return model.state_dict(), told(out)
+
+
+def settings(out, **changes):
+    return dinov2_cifar.Config(**{**SMALL, "TOTAL_EPOCHS": 3, "DROP_PATH": 0.2, "OUTPUT_DIR": str(out), **changes})
+
+
+@pytest.fixture
+def rarely(monkeypatch):
+    monkeypatch.setattr(dinov2_cifar.Report, "every", property(lambda self: 5, lambda self, value: None), raising=False)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("step", [3, 8, 13, 15])                 # within an epoch, at its end, within the next after one record and two
+def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_whole_one(step, number, error, whole, shapes, tmp_path, monkeypatch, capsys, rarely):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(error) as caught:
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    assert error is KeyboardInterrupt or caught.value.code == 143
+    assert signal.getsignal(number) == before
+    assert f"stopped and saved at step {step} of 24; the same command with --resume goes on" in capsys.readouterr().out
+    np.random.rand(3), random.random(), torch.rand(3)            # the resumed run must not depend on what happened between
+    model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("step", [2, 12, 24])
+def test_a_crash_loses_at_most_what_came_after_the_last_save(step, whole, shapes, tmp_path, monkeypatch, rarely):
+    every_step = 1e-9                                            # minutes
+    with monkeypatch.context() as patch:
+        at_step(patch, step, crash)
+        with pytest.raises(Crash):
+            train_dinov2(settings(tmp_path, SAVE_EVERY_MINUTES=every_step), dataset=shapes)
+    assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == step - 1
+    model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+
+
+def test_nothing_is_saved_within_an_epoch_before_its_time(shapes, tmp_path, monkeypatch):
+    for minutes in (0.0, 10.0):
+        with monkeypatch.context() as patch:
+            at_step(patch, 7, crash)
+            with pytest.raises(Crash):
+                train_dinov2(settings(tmp_path, SAVE_EVERY_MINUTES=minutes), dataset=shapes)
+        assert not list(tmp_path.glob("*.pth"))
+
+
+def test_all_random_states_are_restored(small, shapes, tmp_path):
+    model = dinov2_cifar.make_model(small(), [0.5] * 3, [0.2] * 3)
+    optimizer = dinov2_cifar.make_optimizer(model)
+    dinov2_cifar.save_checkpoint(tmp_path / "x.pth", model, optimizer, 0, 0)
+    first = random.random(), np.random.rand(), torch.rand(1)
+    dinov2_cifar.load_checkpoint(tmp_path / "x.pth", model, optimizer)
+    assert (random.random(), np.random.rand(), torch.rand(1)) == first
+
+
+def test_the_newest_usable_checkpoint_is_taken_and_a_broken_one_named(shapes, tmp_path, capsys):
+    train_dinov2(settings(tmp_path), dataset=shapes)
+    names = sorted(path.name for path in tmp_path.glob("*.pth"))
+    assert names == ["dinov2_final.pth", "dinov2_last.pth", "dinov2_previous.pth"]
+    assert [read_checkpoint(tmp_path / name)["epoch"] for name in names] == [3, 3, 2]
+    for name in names[:2]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2000])
+    assert find_checkpoint(settings(tmp_path, RESUME="newest")).name == "dinov2_previous.pth"
+    said = capsys.readouterr().out
+    assert "left out" in said and "dinov2_final.pth" in said and "dinov2_last.pth" in said
+
+
+def test_a_run_killed_after_its_last_epoch_only_draws_the_end(whole, shapes, tmp_path, monkeypatch, rarely):
+    with monkeypatch.context() as patch:
+        patch.setattr(dinov2_cifar, "finish", lambda *args: crash())
+        with pytest.raises(Crash):
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+
+
+def test_changed_settings_are_listed_and_a_longer_run_says_what_that_does(shapes, tmp_path, capsys):
+    train_dinov2(settings(tmp_path, TOTAL_EPOCHS=1), dataset=shapes)
+    train_dinov2(settings(tmp_path, TOTAL_EPOCHS=2, LAMBDA_IMG=0.5, RESUME="newest"), dataset=shapes)
+    said = capsys.readouterr().out
+    assert "LAMBDA_IMG: saved 1.0, now 0.5\n" in said and "TOTAL_EPOCHS: saved 1, now 2: all schedules stretch with it" in said
+
+
+def test_another_batch_size_goes_on_at_the_beginning_of_the_epoch(shapes, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    train_dinov2(settings(tmp_path, BATCH_SIZE=16, RESUME="newest"), dataset=shapes)
+    assert "an epoch has another number of steps now, 4: going on at the beginning of epoch 2" in capsys.readouterr().out
+    assert told(tmp_path)[-1]["event"] == "final"
+
+
+# A folder is one run's, and the disk may fill up
+
+def test_a_folder_in_use_is_refused(shapes, tmp_path):
+    with dinov2_cifar.output_folder(str(tmp_path)):
+        with pytest.raises(InputError, match="is in use by another run"):
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    train_dinov2(settings(tmp_path, TOTAL_EPOCHS=1), dataset=shapes)
+
+
+PROGRAM = textwrap.dedent("""
+    import json, resource, signal, sys
+    sys.path.insert(0, {tests!r})
+    import conftest, dinov2_cifar
+    from conftest import SMALL
+    from dinov2_cifar import make_shapes
+    for name in ("draw_views", "draw_curves", "draw_attention", "draw_pca"):
+        setattr(dinov2_cifar, name, lambda *args: None)
+    pictures = (*make_shapes(64, 32, seed=0), *make_shapes(32, 32, seed=1))
+    def settings(out, **changes):
+        return dinov2_cifar.Config(**{{**SMALL, "TOTAL_EPOCHS": 3, "DROP_PATH": 0.2, "OUTPUT_DIR": out, "SAVE_EVERY_MINUTES": 1e-9, **changes}})
+""")
+
+
+def python(code, *words):
+    return subprocess.run([sys.executable, "-c", PROGRAM.format(tests=str(ROOT / "tests")) + textwrap.dedent(code), *map(str, words)],
+                          capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limits of a file's size here")
+@pytest.mark.parametrize("limit, named", [(100_000, ".pth"), (1_500, "metrics.jsonl")])
+def test_a_full_disk_stops_with_one_line_and_leaves_what_was_saved(limit, named, shapes, tmp_path):
+    train_dinov2(settings(tmp_path, TOTAL_EPOCHS=1), dataset=shapes)
+    before = (tmp_path / "dinov2_last.pth").read_bytes()
+    metrics = (tmp_path / "metrics.jsonl").stat().st_size
+    done = python("""
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)            # then a write beyond the limit is an error, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+        dinov2_cifar.prepare_pictures = lambda config, dataset=None: dinov2_cifar.as_pictures(pictures, 32)
+        config = settings(sys.argv[1], TOTAL_EPOCHS=2, RESUME="newest", SAVE_EVERY_MINUTES=float(sys.argv[3]))
+        dinov2_cifar.parse_arguments = lambda argv: config
+        dinov2_cifar.main()
+    """, tmp_path, *((limit, 1e-9) if named == ".pth" else (metrics + limit, 0)))
+    last = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()][-1]
+    assert done.returncode == 2 and last.startswith("error: ") and named in last and "cannot be written" in last and "Traceback" not in done.stderr
+    assert find_checkpoint(settings(tmp_path, RESUME="newest")).read_bytes() == before or named == "metrics.jsonl"
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
+    """The run saves after every step, so that many kills fall into a save."""
+    done = python("""
+        import os, random, time
+        from pathlib import Path
+        import torch
+        torch.set_num_threads(1)
+        def train(out, **changes):
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+            dinov2_cifar.train_dinov2(settings(out, **changes), dataset=pictures)
+        def child(**changes):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    train(**changes)
+                    os._exit(0)
+                except BaseException as error:
+                    os.write(2, repr(error).encode())
+                    os._exit(1)
+            return pid
+        whole, cut = sys.argv[1], sys.argv[2]
+        started = time.perf_counter()
+        assert os.waitpid(child(out=whole), 0)[1] == 0
+        seconds, kills, draw, codes, length = time.perf_counter() - started, 0, random.Random(0), [], 3
+        while kills < 20:
+            pid = child(out=cut, RESUME="newest", TOTAL_EPOCHS=length)
+            time.sleep(draw.uniform(0.1, 0.9) * seconds)
+            if os.waitpid(pid, os.WNOHANG)[0] == 0:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                kills += 1
+            else:
+                dinov2_cifar.put_aside(cut)                      # it was faster than the kill: from the beginning
+            temporary = list(Path(cut).glob("*.tmp"))
+            codes.append(bool(temporary))
+        final = os.waitpid(child(out=cut, RESUME="newest"), 0)[1]
+        weights = [torch.load(Path(out, "dinov2_final.pth"), weights_only=True) for out in (whole, cut)]
+        parts = [key for key in weights[0] if key.endswith("head_state_dict") or key in ("student_state_dict", "teacher_state_dict")]
+        equal = all(torch.equal(weights[0][part][name], weights[1][part][name]) for part in parts for name in weights[0][part])
+        print(json.dumps({"kills": kills, "in a save": sum(codes), "final": final, "equal": equal}))
+    """, tmp_path / "whole", tmp_path / "cut")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == 20 and result["final"] == 0 and result["equal"], result
+    assert told(tmp_path / "whole") == told(tmp_path / "cut")
+
+
+# Numbers that go wrong
+
+def spoil(monkeypatch, steps, value=math.nan):
+    """The image loss of these steps, counted from 1, is not finite."""
+    loss, count = dinov2_cifar.multi_crop_dino_loss, [0]
+
+    def spoiled(*args):
+        count[0] += 1
+        return loss(*args) * (value if count[0] in steps else 1.0)
+
+    monkeypatch.setattr(dinov2_cifar, "multi_crop_dino_loss", spoiled)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_said(value, shapes, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {3, 4}, value)
+    seen = []
+    step = dinov2_cifar.train_step
+
+    def watch(model, *args):
+        values = step(model, *args)
+        seen.append(torch.cat([parameter.detach().flatten() for parameter in model.img_head.parameters()]))
+        return values
+
+    monkeypatch.setattr(dinov2_cifar, "train_step", watch)
+    model = train_dinov2(settings(tmp_path, TOTAL_EPOCHS=1, WARMUP=0.0), dataset=shapes)
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3]) and not torch.equal(seen[3], seen[4])
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    said = capsys.readouterr().out
+    assert "step 3 skipped: its loss or gradient is not finite (1 since the start)" in said and "step 4 skipped" in said and "(2 since" in said
+    rows = [row for row in told(tmp_path) if row["event"] == "step"]
+    assert sum(row["skipped"] for row in rows) == 2 and all(math.isfinite(row["img"]) for row in rows)
+
+
+def test_ten_such_steps_in_a_row_stop_the_run(shapes, tmp_path, monkeypatch):
+    spoil(monkeypatch, {4, *range(11, 25)})
+    with pytest.raises(InputError, match="ten steps in a row, up to step 20, are not finite, here in img, grad_norm") as caught:
+        train_dinov2(settings(tmp_path), dataset=shapes)
+    assert str(tmp_path) in str(caught.value) and "--resume and PRECISION fp32" in str(caught.value)
+    assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == 16
