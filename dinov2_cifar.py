@@ -1936,9 +1936,11 @@ def save_epoch(model, optimizer, epoch, report, data):
     and dinov2_final.pth after the last. epoch: those done."""
     c, folder, ended = model.config, Path(model.config.OUTPUT_DIR), report.step % report.steps_per_epoch == 0
     new, last, previous = (folder / f"dinov2_{name}.pth" for name in ("new", "last", "previous"))
-    for path in (new, *[folder / f"dinov2_epoch_{epoch}.pth"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0),
-                 *[folder / "dinov2_final.pth"] * (epoch == c.TOTAL_EPOCHS)):
-        save_checkpoint(path, model, optimizer, epoch, report.step, data, report.window)
+    kept = [f"epoch_{epoch}"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0) + ["final"] * (epoch == c.TOTAL_EPOCHS)
+    first, *others = [folder / f"dinov2_{name}.pth" for name in kept] + [new]                     # what goes on from new has them
+    save_checkpoint(first, model, optimizer, epoch, report.step, data, report.window)
+    for path in others:
+        write_safely(path, first.read_bytes())
     if last.exists():
         last.replace(previous)
     new.replace(last)                                            # at every moment there are two that are whole

@@ -117,7 +117,7 @@ ROWS = [Row(*row) for row in (
 )]
 CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-1", "no-sinkhorn", "teacher-temp-published", "prototypes-128", "learned-prototypes",
             "no-batch-norm", "ema-0.996", "local-crops-0", "global-scale-0.25", "lightly")
-OF_A_RUN = ("SEED", "TOTAL_EPOCHS", "OUTPUT_DIR", "RESUME", "EVAL_EVERY", "SAVE_EVERY", "DATASET", "DATA_PATH")  # no part of a row's recipe
+OF_A_RUN = ("SEED", "TOTAL_EPOCHS", "OUTPUT_DIR", "RESUME", "EVAL_EVERY", "SAVE_EVERY", "SAVE_EVERY_MINUTES", "DATASET", "DATA_PATH")  # no part of a row's recipe
 
 
 def changes(row, base):
@@ -330,6 +330,9 @@ class Setup(NamedTuple):
     def settings(self, row):
         return {**self.base, **changes(row, self.base)}
 
+    def threads(self):
+        return max(1, self.machine["cores"] // self.at_once)
+
     def folder(self, run):
         return self.work / f"{run['row']}-seed{run['seed']}"
 
@@ -436,7 +439,7 @@ def run_all(rows, seeds, runs, setup, save):
         if setup.at_once == 1:
             list(map(work, waiting))
         else:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, setup.machine["cores"] // setup.at_once))  # for the runs
+            os.environ["OMP_NUM_THREADS"] = str(setup.threads())  # for the runs
             for future in [pool.submit(work, pair) for pair in waiting]:
                 future.result()
     finally:
@@ -588,7 +591,7 @@ def save_results(rows, runs, setup, output):
     temporary.write_text(json.dumps({"machine": setup.machine, "minutes": setup.minutes, "data": setup.data, "rows": summary, "runs": runs}, indent=1))
     temporary.replace(output)
     machine, data, commits = setup.machine, setup.data, sorted({run["commit"] for run in runs.values() if run.get("commit")})
-    together = f", {setup.at_once} runs at a time, each with {max(1, machine['cores'] // setup.at_once)} of the cores" * (setup.at_once > 1)
+    together = f", {setup.at_once} runs at a time, each with {setup.threads()} of the cores" * (setup.at_once > 1)
     title = (f"{setup.minutes:g} minutes of training a run{together}; {data['name']}, {data['train']:,} training and {data['test']:,} test pictures; "
              f"{machine['device']} ({machine['cpu']}, {machine['cores']} cores), {machine['precision']}, torch {machine['torch']}; "
              f"commit {', '.join(commits) or '–'}")
