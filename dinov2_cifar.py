@@ -17,6 +17,7 @@ pixels, N patches of a crop, T = 1 + registers + N tokens, D width, K prototypes
 
 import argparse
 import ctypes
+import errno
 import inspect
 import io
 import json
@@ -33,7 +34,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -210,8 +211,8 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LAMBDA_KOLEO=1.0, LEARNING_RATE=4e-3, TOTAL_EPOCHS=28,
-             LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=4,
+QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LAMBDA_KOLEO=1.0, LEARNING_RATE=4e-3, TOTAL_EPOCHS=18,
+             LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=6,
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
 
@@ -1233,7 +1234,8 @@ def train_step(model, optimizer, views, mask, settings, masked_patches=None):
     values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, model.config.CLIP_GRAD or math.inf)
     values["skipped"] = 1 - torch.isfinite(values["loss"] + values["grad_norm"]).float()
     optimizer.found_inf = values["skipped"]                      # with it the fused AdamW leaves all as it is
-    optimizer.step()
+    if parameters[0].device.type != "mps" or not values["skipped"]:                               # which old versions do not heed there
+        optimizer.step()
     model.update_teacher(settings["momentum"])
     return {name: value.detach() for name, value in values.items()}
 
@@ -1421,11 +1423,13 @@ def write_safely(path, data):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        with suppress(OSError):                                  # not every system can: the new name survives a power cut
+            folder = os.open(temporary.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
-        try:
+        with suppress(OSError):                                  # the folder is gone, or not ours any more
             temporary.unlink(missing_ok=True)
-        except OSError:                                          # the folder is gone, or not ours any more
-            pass
         raise InputError(f"{path} cannot be written: {error}; what was saved before is whole. Make room or give another "
                          "OUTPUT_DIR, then go on with --resume") from None
 
@@ -1441,11 +1445,11 @@ def random_states(states=None):
     torch.set_rng_state(states["torch"].cpu())
 
 
-def save_checkpoint(path, model, optimizer, epoch, step, data="", window=()):
-    """Writes all that a run needs to go on. epoch: those done; window: what `Report` has not yet told, as Report.window."""
+def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoch=0, untold=()):
+    """Writes all that a run needs to go on. epoch: those done; untold: the steps that `Report` has not yet told, Report.untold."""
     states = {key: getattr(model, part).state_dict() for part, key in STATE_KEYS.items()}
     states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=optimizer.state_dict(),
-                  random_states=random_states(), window=list(window),
+                  steps_per_epoch=steps_per_epoch, random_states=random_states(), untold=list(untold),
                   device_random_state=device_random_state(torch.device(model.config.DEVICE)))
     buffer = io.BytesIO()
     torch.save(states, buffer)
@@ -1473,7 +1477,7 @@ def load_checkpoint(path, model, optimizer=None):
     except RuntimeError as error:
         raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
     if optimizer is not None:
-        if "window" not in states:
+        if "untold" not in states:
             raise InputError(f"{path} is of an earlier version, from which a run cannot go on exactly; start afresh")
         optimizer.load_state_dict(states["optimizer_state_dict"])
         random_states(states["random_states"])
@@ -1515,16 +1519,13 @@ def find_checkpoint(config):
 class Report:
     """The one place that tells how a run goes. Reads values from the device only every `self.every` steps."""
 
-    def __init__(self, config, steps_per_epoch, first_step, history, window=()):
+    def __init__(self, config, steps_per_epoch, first_step, history, untold=()):
         self.config, self.steps_per_epoch, self.first_step = config, steps_per_epoch, first_step
         self.total_steps, self.step = steps_per_epoch * config.TOTAL_EPOCHS, first_step
         self.every = max(1, min(50, self.total_steps // 100))
-        self.path, self.history, self.window, self.epoch_rows = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history), list(window), []
-        self.skipped = self.skipped_in_a_row = 0
-        before = first_step - first_step % steps_per_epoch
-        for row in (r for r in history if r["event"] == "step" and r["step"] > before):           # of an epoch that was cut
-            self.epoch_rows += [{key: value for key, value in row.items() if key != "event"}] * (row["step"] - before)
-            before = row["step"]
+        self.path, self.history = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history)
+        self.waiting, self.untold, self.skipped_in_a_row = [], list(untold), 0                    # steps' scalars on the device; then here
+        self.skipped = sum(row["skipped"] for row in [r for r in history if r["event"] == "step"] + self.untold)
         write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
 
     def start(self):
@@ -1534,7 +1535,7 @@ class Report:
         return self.bar
 
     def record(self, event, **values):
-        """Adds a line to metrics.jsonl, or, where the disk is full, nothing."""
+        """Adds a line to metrics.jsonl and flushes it to the disk, or, where that is full, adds nothing."""
         self.history.append({"event": event, **values})
         line = (json.dumps(self.history[-1]) + "\n").encode()
         try:
@@ -1543,6 +1544,7 @@ class Report:
                 if written < len(line):
                     file.truncate(file.tell() - written)
                     raise OSError("no space is left")
+                os.fsync(file.fileno())
         except OSError as error:
             raise InputError(f"{self.path} cannot be written: {error}; make room, then go on with --resume") from None
 
@@ -1552,32 +1554,41 @@ class Report:
     def add(self, values, settings):
         """Takes a step's scalars, still on the device, and its settings."""
         self.step += 1
-        self.window.append(torch.stack([value.float() for value in values.values()]))
+        self.waiting.append({name: value.float() for name, value in values.items()})
         done, due = self.step - self.first_step, self.step % self.every == 0 or self.step % self.steps_per_epoch == 0 or self.step in (1, 6)
         if due or done in (1, 6):
-            rows = dict(zip(values, torch.stack(self.window).T.tolist()))                         # waits for the device here
+            self.look()
             speed = self.speed(done)
         if due:
-            row, count, self.window = {"step": self.step, **self.means(rows), **settings, "pictures_per_second": speed}, len(self.window), []
-            self.epoch_rows += [row] * count
+            row = {"step": self.step, "steps": len(self.untold), **self.means(self.untold), **settings, "pictures_per_second": speed}
+            self.untold = []
             self.record("step", **row)
             self.bar.set_postfix({"img": f"{row['img']:.2f}", "patch": f"{row['patch']:.2f}", "koleo": f"{row['koleo']:.2f}",
                                   "lr": f"{row['lr']:.1e}", "ema": f"{row['momentum']:.3f}", "pictures/s": f"{speed:.0f}"}, refresh=False)
         self.bar.update()
 
-    def means(self, rows):
-        """Lists of the steps' scalars by name → their means over the steps that were not skipped, and how many were."""
-        for step, skipped in enumerate(rows["skipped"], self.step - len(rows["skipped"]) + 1):
-            self.skipped += bool(skipped)
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-            if skipped:
-                self.say(f"step {step} skipped: its loss or gradient is not finite ({self.skipped} since the start)")
+    def look(self):
+        """Fetches the scalars that wait on the device; tells the skipped steps among them; InputError after ten in a row."""
+        waiting, self.waiting, first = self.waiting, [], self.step - len(self.waiting) + 1
+        values = torch.stack([torch.stack(list(row.values())) for row in waiting]).tolist() if waiting else []
+        for step, row in enumerate((dict(zip(waiting[0], row)) for row in values), first):
+            self.untold.append(row)
+            self.skipped += row["skipped"]
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+            if row["skipped"]:
+                self.say(f"step {step} skipped: its loss or gradient is not finite ({self.skipped:.0f} since the start)")
             if self.skipped_in_a_row == 10:
-                wrong = [name for name in ("img", "patch", "koleo", "grad_norm") if not math.isfinite(rows[name][step - self.step - 1])]
+                wrong = [name for name in ("img", "patch", "koleo", "grad_norm") if not math.isfinite(row[name])]
                 raise InputError(f"ten steps in a row, up to step {step}, are not finite, here in {', '.join(wrong)}; checkpoints from before are "
                                  f"in OUTPUT_DIR ({self.config.OUTPUT_DIR!r}). Go on with --resume and PRECISION fp32, or a lower LEARNING_RATE")
-        good = [i for i, skipped in enumerate(rows["skipped"]) if not skipped]
-        return {name: sum(values) if name == "skipped" else sum(values[i] for i in good) / max(len(good), 1) for name, values in rows.items()}
+
+    @staticmethod
+    def means(rows):
+        """Dicts of steps or of records of several `steps` → their means, the skipped steps left out, and how many these were."""
+        weights = [row.get("steps", 1) - row["skipped"] for row in rows]
+        names = [name for name in rows[0] if name not in ("event", "step", "steps")]
+        means = {name: sum(weight * row[name] for weight, row in zip(weights, rows) if weight) / max(sum(weights), 1) for name in names}
+        return {**means, "skipped": sum(row["skipped"] for row in rows)}
 
     def speed(self, done):
         """→ pictures a second since the first step, which warms up; after six tells the whole run's time."""
@@ -1596,8 +1607,8 @@ class Report:
 
     def end_epoch(self, epoch, scores):
         """One aligned line and one record: means over the epoch's steps, and the evaluation if there was one."""
-        rows, self.epoch_rows = self.epoch_rows, []
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "step"}
+        first = (epoch - 1) * self.steps_per_epoch
+        means = self.means([row for row in self.history if row["event"] == "step" and row["step"] > first])
         self.record("epoch", epoch=epoch, step=self.step, **means, **scores)
         self.say(f"epoch {epoch:4d}  img {means['img']:7.3f}  patch {means['patch']:7.3f}  koleo {means['koleo']:7.3f}  "
                  f"H(t) {means['teacher_entropy']:6.3f}  KL {means['kl']:6.3f}  prototypes {means['prototypes']:4.0%}"
@@ -1749,20 +1760,27 @@ def epoch_batches(count, batch_size, seed, epoch):
 
 @contextmanager
 def stop_requests():
-    """Inside, Ctrl-C and SIGTERM are only noted, in the list that this gives; a second one ends the program at once."""
-    asked, before = [], {}
+    """Inside, Ctrl-C and SIGTERM are only noted, in the list that this gives; one over two seconds after the first ends the
+    program at once. (`timeout` and others send one twice.) What is ignored, as Ctrl-C in the background, stays so."""
+    asked, before, first = [], {}, []
 
     def note(number, frame):
         asked.append(number)
-        signal.signal(number, before[number] or signal.SIG_DFL)
+        first.append(time.monotonic())
+        if first[-1] - first[0] > 2:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     if threading.current_thread() is threading.main_thread():    # elsewhere Python gives no signals
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
     try:
+        for number in before:
+            signal.signal(number, note)
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler)
 
 
 def make_transform(config, mean, std):
@@ -1795,20 +1813,23 @@ def describe(config, model, pictures, steps):
 
 
 def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
-    """→ steps done, the records of metrics.jsonl that belong to them, and what of them is not yet recorded; loads the checkpoint at
-    path, if any.
+    """→ epochs and steps done, the records of metrics.jsonl that belong to them, and the steps not yet recorded; loads the
+    checkpoint at path, if any.
 
-    data: the pictures' name; a run does not go on with other ones. A fresh start puts an earlier run's files aside.
+    data: the pictures' name; a run does not go on with other ones. An earlier run's files, and those of later steps than
+    path's, are put aside.
     """
     if path is None:
         put_aside(config.OUTPUT_DIR)
-        return 0, [], []
+        return 0, 0, [], []
     states = load_checkpoint(path, model, optimizer)
-    records = [r for r in read_metrics(Path(path).with_name("metrics.jsonl")) if r.get("step", 0) <= states["step"]]
-    epochs, step, window = states["epoch"], states["step"], states["window"]
+    metrics = read_metrics(Path(path).with_name("metrics.jsonl"))
+    epochs, step, untold = states["epoch"], states["step"], states["untold"]
+    records = [r for r in metrics if r.get("step", 0) <= step and r.get("epoch", 0) <= epochs]
     if states["data"] != data:
         raise InputError(f"{path} was trained on {states['data']}, these pictures are {data}; give DATASET the same ones")
-    if epochs > config.TOTAL_EPOCHS or epochs == config.TOTAL_EPOCHS and any(r["event"] == "final" for r in records):
+    unfinished = config.TOTAL_EPOCHS == states["config"]["TOTAL_EPOCHS"] and not any(r["event"] == "final" for r in records)
+    if epochs > config.TOTAL_EPOCHS or epochs == config.TOTAL_EPOCHS and not unfinished:
         raise InputError(f"{path} has done {epochs} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
     now = config.to_dict()
     print(f"going on after epoch {epochs}, step {step:,}, of {path}")
@@ -1816,20 +1837,29 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
         if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now.get(name) != value:
             effect = ": all schedules stretch with it, so rates and momenta jump" if name == "TOTAL_EPOCHS" else ""
             print(f"{name}: saved {value}, now {now.get(name)}{effect}")
-    if step // steps_per_epoch != epochs:
-        print(f"an epoch has another number of steps now, {steps_per_epoch:,}: going on at the beginning of epoch {epochs + 1}")
-        step, window = epochs * steps_per_epoch, []
-    return step, [r for r in records if r["event"] != "final"], window
+    before = states["steps_per_epoch"]
+    if before != steps_per_epoch:                                # records of whole epochs stay, at their steps of now
+        print(f"an epoch has {steps_per_epoch:,} steps now, not {before:,}: going on at the beginning of epoch {epochs + 1}")
+        records = [{**r, "step": r["step"] * steps_per_epoch // before} if "step" in r else r for r in records if r.get("step", 0) <= epochs * before]
+        step, untold = epochs * steps_per_epoch, []
+    if config.RESUME != "newest" and Path(path).parent.resolve() == Path(config.OUTPUT_DIR).resolve():
+        put_aside(config.OUTPUT_DIR, path, metrics)
+    return epochs, step, [r for r in records if r["event"] != "final"], untold
 
 
-def put_aside(folder):
-    """Moves the checkpoints and metrics of an earlier run into a folder of their own: a fresh start overwrites nothing."""
+def put_aside(folder, kept=None, metrics=()):
+    """Moves an earlier run's checkpoints and metrics into a folder of their own, so that nothing is overwritten; given one to
+    go on from, only checkpoints that are newer, with a copy of the metrics, since "newest" must not find them any more."""
     old = [p for p in (*Path(folder).glob("dinov2_*.pth"), Path(folder, "metrics.jsonl")) if p.exists() and p.stat().st_size]
+    if kept is not None:
+        old = [p for p in old if p.suffix == ".pth" and p.stat().st_mtime_ns > Path(kept).stat().st_mtime_ns]
     if old:
         aside = Path(tempfile.mkdtemp(prefix=time.strftime("earlier-%Y%m%d-%H%M%S-"), dir=folder))
         for path in old:
             path.rename(aside / path.name)
-        print(f"an earlier run's checkpoints and metrics are now in {aside}; --resume would have gone on from them")
+        if kept is not None:
+            write_safely(aside / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in metrics).encode())
+        print(f"an earlier run's checkpoints and metrics are now in {aside}" + "; --resume would have gone on from them" * (kept is None))
 
 
 def read_metrics(path):
@@ -1854,7 +1884,10 @@ def train_dinov2(config=None, dataset=None):
     if torch.device(c.DEVICE).type == "cpu":
         keep_freed_memory()
     with output_folder(c.OUTPUT_DIR):
-        return train_in_folder(c, dataset)
+        try:
+            return train_in_folder(c, dataset)
+        except OSError as error:                                 # a rename, say, in a folder that someone took away
+            raise InputError(f"{error}; what was saved before is whole. Mend that, then go on with --resume") from error
 
 
 def train_in_folder(c, dataset):
@@ -1871,8 +1904,8 @@ def train_in_folder(c, dataset):
     masked_patches = sum(mask_counts(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2, c.MASK_RATIO, c.MASK_PROB))
 
     # Where the run stands, and where the features stood before training
-    first_step, history, window = start_or_resume(c, checkpoint, model, optimizer, pictures.name, steps_per_epoch)
-    report = Report(c, steps_per_epoch, first_step, history, window)
+    epochs, step, history, untold = start_or_resume(c, checkpoint, model, optimizer, pictures.name, steps_per_epoch)
+    report = Report(c, steps_per_epoch, step, history, untold)
     print(describe(c, model, pictures, report.total_steps))
     evaluates = pictures.train_labels is not None and pictures.test_labels is not None
     if not evaluates:
@@ -1889,13 +1922,13 @@ def train_in_folder(c, dataset):
     # The epochs
     with stop_requests() as asked, report.start():
         saved = time.perf_counter()
-        for epoch in range(first_step // steps_per_epoch, c.TOTAL_EPOCHS):
+        for epoch in range(epochs, c.TOTAL_EPOCHS):
             for indices in epoch_batches(len(crops), c.BATCH_SIZE, c.SEED, epoch)[report.step - epoch * steps_per_epoch:]:
                 settings = schedules.at(report.step)
                 views, mask = crops.__getitems__(indices), draw_masks(c, c.DEVICE)
                 report.add(train_step(model, optimizer, views, mask, settings, masked_patches), settings)
                 overdue = c.SAVE_EVERY_MINUTES and time.perf_counter() - saved > 60 * c.SAVE_EVERY_MINUTES
-                if (asked or overdue) and report.step % steps_per_epoch:
+                if asked or overdue:
                     save_epoch(model, optimizer, epoch, report, pictures.name)
                     saved = time.perf_counter()
                     leave_if(asked, report)
@@ -1903,8 +1936,7 @@ def train_in_folder(c, dataset):
             report.end_epoch(epoch + 1, evaluate(model, pictures, linear=last) if evaluates and (due or last) else {})
             save_epoch(model, optimizer, epoch + 1, report, pictures.name)
             saved = time.perf_counter()
-            if not last:
-                leave_if(asked, report)
+            leave_if(asked, report)
     finish(model, pictures, transform, report, baseline)
     return model
 
@@ -1926,19 +1958,21 @@ def output_folder(folder):
             else:
                 import fcntl
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"OUTPUT_DIR ({folder!r}) is in use by another run; wait for it, or give another folder") from None
+        except OSError as error:                                 # others mean a file system without locks
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise InputError(f"OUTPUT_DIR ({folder!r}) is in use by another run; wait for it, or give another folder") from None
         yield
 
 
 def save_epoch(model, optimizer, epoch, report, data):
     """dinov2_last.pth, the one before it as dinov2_previous.pth; at the end of an epoch also dinov2_epoch_{n}.pth every SAVE_EVERY epochs,
-    and dinov2_final.pth after the last. epoch: those done."""
-    c, folder, ended = model.config, Path(model.config.OUTPUT_DIR), report.step % report.steps_per_epoch == 0
+    and dinov2_final.pth after the last. epoch: those done, evaluation included."""
+    c, folder, ended = model.config, Path(model.config.OUTPUT_DIR), report.step == epoch * report.steps_per_epoch
+    report.look()                                                # first: what can be gone on from has no ten bad steps in a row
     new, last, previous = (folder / f"dinov2_{name}.pth" for name in ("new", "last", "previous"))
     kept = [f"epoch_{epoch}"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0) + ["final"] * (epoch == c.TOTAL_EPOCHS)
     first, *others = [folder / f"dinov2_{name}.pth" for name in kept] + [new]                     # what goes on from new has them
-    save_checkpoint(first, model, optimizer, epoch, report.step, data, report.window)
+    save_checkpoint(first, model, optimizer, epoch, report.step, data, report.steps_per_epoch, report.untold)
     for path in others:
         write_safely(path, first.read_bytes())
     if last.exists():
@@ -1960,7 +1994,6 @@ def finish(model, pictures, transform, report, baseline):
     c, folder = model.config, Path(model.config.OUTPUT_DIR, "figures")
     scores = next((r for r in reversed(report.history) if r["event"] == "epoch"), {})
     seconds = time.perf_counter() - report.started
-    report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "iou", "rank") if k in scores})
     images = pictures.train_images if pictures.test_images is None else pictures.test_images
     images = images[torch.linspace(0, len(images) - 1, 10).long()]                                # files are often sorted by class
     model.eval()
@@ -1968,6 +2001,7 @@ def finish(model, pictures, transform, report, baseline):
     draw_curves(c, report.history, folder / "curves.png")
     draw_attention(model.teacher, images, folder / "attention.png")
     draw_pca(model.teacher, images, folder / "pca.png")
+    report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "iou", "rank") if k in scores})
     if "knn" in scores:
         rows = {"raw pixels": {"knn": baseline.get("raw_pixels_knn")}, "untrained network": baseline, "trained teacher": scores}
         print(f"\n{pictures.name}: {len(pictures.train_images):,} training and {len(pictures.test_images):,} test pictures\n"

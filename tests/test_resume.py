@@ -1,13 +1,16 @@
 """Nothing lost: a run that was cut anywhere and resumed is the run that was never cut; signals, full disks, numbers that go wrong."""
 
+import errno
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,14 @@ from dinov2_cifar import InputError, find_checkpoint, make_shapes, read_checkpoi
 def without_figures(monkeypatch):
     for name in ("draw_views", "draw_curves", "draw_attention", "draw_pca"):
         monkeypatch.setattr(dinov2_cifar, name, lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def told(folder):
@@ -79,11 +90,11 @@ def crash():
 
 
 @pytest.mark.parametrize("number, error", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-@pytest.mark.parametrize("step", [3, 8, 13, 15])                 # within an epoch, at its end, within the next after one record and two
+@pytest.mark.parametrize("step", [3, 8, 13, 15, 24])             # within an epoch, at its end, within the next after one record and two, at the end
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_is_the_whole_one(step, number, error, whole, shapes, tmp_path, monkeypatch, capsys, rarely):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        at_step(patch, step, lambda: (signal.raise_signal(number), signal.raise_signal(number)))
         with pytest.raises(error) as caught:
             train_dinov2(settings(tmp_path), dataset=shapes)
     assert error is KeyboardInterrupt or caught.value.code == 143
@@ -138,9 +149,20 @@ def test_the_newest_usable_checkpoint_is_taken_and_a_broken_one_named(shapes, tm
 
 def test_a_run_killed_after_its_last_epoch_only_draws_the_end(whole, shapes, tmp_path, monkeypatch, rarely):
     with monkeypatch.context() as patch:
-        patch.setattr(dinov2_cifar, "finish", lambda *args: crash())
+        patch.setattr(dinov2_cifar, "draw_pca", lambda *args: crash())
         with pytest.raises(Crash):
             train_dinov2(settings(tmp_path), dataset=shapes)
+    model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+
+
+def test_a_crash_between_the_record_of_an_epoch_and_its_save_does_not_record_it_twice(whole, shapes, tmp_path, monkeypatch, rarely):
+    with monkeypatch.context() as patch:
+        save = dinov2_cifar.save_epoch
+        patch.setattr(dinov2_cifar, "save_epoch", lambda *args: crash() if args[2] == 2 and args[3].step == 16 else save(*args))
+        with pytest.raises(Crash):
+            train_dinov2(settings(tmp_path, SAVE_EVERY_MINUTES=1e-9), dataset=shapes)
+    assert [row["epoch"] for row in told(tmp_path) if row["event"] == "epoch"] == [1, 2] and read_checkpoint(tmp_path / "dinov2_last.pth")["epoch"] == 1
     model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
     assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
 
@@ -154,12 +176,54 @@ def test_changed_settings_are_listed_and_a_longer_run_says_what_that_does(shapes
 
 def test_another_batch_size_goes_on_at_the_beginning_of_the_epoch(shapes, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        at_step(patch, 14, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 14, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit):
             train_dinov2(settings(tmp_path), dataset=shapes)
     train_dinov2(settings(tmp_path, BATCH_SIZE=16, RESUME="newest"), dataset=shapes)
-    assert "an epoch has another number of steps now, 4: going on at the beginning of epoch 2" in capsys.readouterr().out
-    assert told(tmp_path)[-1]["event"] == "final"
+    assert "an epoch has 4 steps now, not 8: going on at the beginning of epoch 2" in capsys.readouterr().out
+    rows = told(tmp_path)
+    assert rows[-1]["event"] == "final" and [row["step"] for row in rows if row["event"] == "epoch"] == [4, 8, 12]
+    steps = [row["step"] for row in rows if row["event"] == "step"]
+    assert steps == sorted(steps) and steps[-1] == 12
+
+
+def test_going_back_to_an_older_checkpoint_puts_the_newer_ones_aside(whole, shapes, tmp_path, rarely):
+    train_dinov2(settings(tmp_path), dataset=shapes)
+    model = train_dinov2(settings(tmp_path, RESUME=str(tmp_path / "dinov2_previous.pth")), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+    (aside,) = tmp_path.glob("earlier-*")
+    assert sorted(path.name for path in aside.iterdir()) == ["dinov2_final.pth", "dinov2_last.pth", "metrics.jsonl"] and told(aside) == whole[1]
+
+
+def test_fewer_epochs_than_are_done_are_refused(shapes, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 17, crash)
+        with pytest.raises(Crash):
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    for epochs in (1, 2):
+        with pytest.raises(InputError, match=rf"has done 2 epochs of TOTAL_EPOCHS \({epochs}\)"):
+            train_dinov2(settings(tmp_path, TOTAL_EPOCHS=epochs, RESUME="newest"), dataset=shapes)
+
+
+def test_a_request_that_comes_twice_is_one_and_a_later_one_ends_the_program(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(dinov2_cifar, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    with pytest.raises(KeyboardInterrupt):
+        with dinov2_cifar.stop_requests() as asked:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            assert asked == [signal.SIGINT] * 2
+            clock[0] += 3
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the third one is late: it must interrupt")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with dinov2_cifar.stop_requests() as asked:
+        signal.raise_signal(signal.SIGINT)
+    assert not asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 # A folder is one run's, and the disk may fill up
@@ -169,6 +233,22 @@ def test_a_folder_in_use_is_refused(shapes, tmp_path):
         with pytest.raises(InputError, match="is in use by another run"):
             train_dinov2(settings(tmp_path), dataset=shapes)
     train_dinov2(settings(tmp_path, TOTAL_EPOCHS=1), dataset=shapes)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the lock of other systems")
+def test_a_file_system_without_locks_is_not_taken_for_a_folder_in_use(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with dinov2_cifar.output_folder(str(tmp_path)):
+        pass
+
+
+def test_a_folder_that_vanishes_ends_the_run_with_one_clear_error(shapes, tmp_path, monkeypatch):
+    at_step(monkeypatch, 12, lambda: shutil.rmtree(tmp_path))
+    with pytest.raises(InputError, match="(?s)cannot be written.*--resume"):
+        train_dinov2(settings(tmp_path), dataset=shapes)
 
 
 PROGRAM = textwrap.dedent("""
@@ -234,27 +314,36 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
         whole, cut = sys.argv[1], sys.argv[2]
         started = time.perf_counter()
         assert os.waitpid(child(out=whole), 0)[1] == 0
-        seconds, kills, draw, codes, length = time.perf_counter() - started, 0, random.Random(0), [], 3
-        while kills < 20:
-            pid = child(out=cut, RESUME="newest", TOTAL_EPOCHS=length)
-            time.sleep(draw.uniform(0.1, 0.9) * seconds)
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                kills += 1
+        seconds, kills, draw, in_a_save, equal = time.perf_counter() - started, 0, random.Random(0), 0, []
+        def finished(out):
+            return any(row["event"] == "final" for row in dinov2_cifar.read_metrics(Path(out, "metrics.jsonl")))
+        def compare():
+            weights = [torch.load(Path(out, "dinov2_final.pth"), weights_only=True) for out in (whole, cut)]
+            parts = [key for key in weights[0] if key.endswith("head_state_dict") or key in ("student_state_dict", "teacher_state_dict")]
+            equal.append(all(torch.equal(weights[0][part][name], weights[1][part][name]) for part in parts for name in weights[0][part]))
+        while kills < 20 or not finished(cut):                   # a chain of kills that comes to its end is compared; then the next
+            if finished(cut):
+                compare()
+                dinov2_cifar.put_aside(cut)
+            pid = child(out=cut, RESUME="newest")
+            if kills < 20:
+                time.sleep(draw.uniform(0.05, 0.4) * seconds)
+                ended, code = os.waitpid(pid, os.WNOHANG)
+                if not ended:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                    kills += 1
+                    in_a_save += bool(list(Path(cut).glob("*.tmp")))
+                    code = 0
             else:
-                dinov2_cifar.put_aside(cut)                      # it was faster than the kill: from the beginning
-            temporary = list(Path(cut).glob("*.tmp"))
-            codes.append(bool(temporary))
-        final = os.waitpid(child(out=cut, RESUME="newest"), 0)[1]
-        weights = [torch.load(Path(out, "dinov2_final.pth"), weights_only=True) for out in (whole, cut)]
-        parts = [key for key in weights[0] if key.endswith("head_state_dict") or key in ("student_state_dict", "teacher_state_dict")]
-        equal = all(torch.equal(weights[0][part][name], weights[1][part][name]) for part in parts for name in weights[0][part])
-        print(json.dumps({"kills": kills, "in a save": sum(codes), "final": final, "equal": equal}))
+                code = os.waitpid(pid, 0)[1]
+            assert code == 0, code
+        compare()
+        print(json.dumps({"kills": kills, "in a save": in_a_save, "chains": len(equal), "equal": all(equal)}))
     """, tmp_path / "whole", tmp_path / "cut")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] == 20 and result["final"] == 0 and result["equal"], result
+    assert result["kills"] == 20 and result["in a save"] > 0 and result["equal"], result
     assert told(tmp_path / "whole") == told(tmp_path / "cut")
 
 
@@ -289,7 +378,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_said(value, shapes, tm
     said = capsys.readouterr().out
     assert "step 3 skipped: its loss or gradient is not finite (1 since the start)" in said and "step 4 skipped" in said and "(2 since" in said
     rows = [row for row in told(tmp_path) if row["event"] == "step"]
-    assert sum(row["skipped"] for row in rows) == 2 and all(math.isfinite(row["img"]) for row in rows)
+    (epoch,) = (row for row in told(tmp_path) if row["event"] == "epoch")
+    good = [row["img"] for row in rows if not row["skipped"]]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 0, 0, 0, 0] and epoch["skipped"] == 2
+    assert epoch["img"] == pytest.approx(sum(good) / 6) and min(good) > 0
 
 
 def test_ten_such_steps_in_a_row_stop_the_run(shapes, tmp_path, monkeypatch):
@@ -298,3 +390,15 @@ def test_ten_such_steps_in_a_row_stop_the_run(shapes, tmp_path, monkeypatch):
         train_dinov2(settings(tmp_path), dataset=shapes)
     assert str(tmp_path) in str(caught.value) and "--resume and PRECISION fp32" in str(caught.value)
     assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == 16
+
+
+def test_a_save_looks_first_so_that_nothing_resumes_into_ten_bad_steps(shapes, tmp_path, monkeypatch, rarely):
+    spoil(monkeypatch, range(7, 25))
+    monkeypatch.setattr(dinov2_cifar.Report, "every", property(lambda self: 100, lambda self, value: None), raising=False)
+    with pytest.raises(InputError, match="ten steps in a row, up to step 16"):
+        train_dinov2(settings(tmp_path, SAVE_EVERY_MINUTES=1e-9), dataset=shapes)
+    assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == 15
+    monkeypatch.undo()
+    train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    epochs = [row for row in told(tmp_path) if row["event"] == "epoch"]
+    assert [row["skipped"] for row in epochs] == [2, 7, 0] and all(math.isfinite(row["img"]) for row in epochs)
