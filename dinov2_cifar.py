@@ -3,6 +3,7 @@
     python dinov2_cifar.py --quick                                  # built-in pictures, three minutes, no download
     python dinov2_cifar.py                                          # CIFAR-10 with the constants of Config below
     python dinov2_cifar.py --dataset pictures/ --total-epochs 50    # your own folder; every constant is a flag
+    torchrun --nproc-per-node 2 dinov2_cifar.py                     # on two GPUs
 
 A student network looks at small and masked crops of a picture and predicts what a teacher network, the running
 average of the student, makes of the large ones. No label is used in training; at the end labels measure what the
@@ -34,14 +35,16 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from copy import deepcopy
+from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
@@ -113,8 +116,9 @@ class Config:
     SINKHORN_ITERATIONS = 3  # rounds of Sinkhorn-Knopp that balance the targets (0: softmax alone, which collapses without KoLeo)
 
     # Optimisation
-    BATCH_SIZE = 128  # B, pictures a step, each with all its crops
-    LEARNING_RATE = 2e-3  # peak rate at a batch of 1,024; the run uses it times sqrt(BATCH_SIZE / 1024)
+    BATCH_SIZE = 128  # B, pictures a micro-batch, each with all its crops; a step has B times ACCUMULATE times the number of processes
+    ACCUMULATE = 1  # micro-batches whose gradients make one step; targets, KoLeo and batch normalisation see one of them at a time
+    LEARNING_RATE = 2e-3  # peak rate at 1,024 pictures a step; the run uses it times sqrt(pictures a step / 1024)
     LEARNING_RATE_END = 1e-6  # rate at the last step, scaled likewise
     WARMUP = 0.1  # share of the run in which the rate rises linearly from 0
     WEIGHT_DECAY = 0.04  # weight decay of matrices at the first step; biases, norms and single tokens have none
@@ -199,7 +203,7 @@ CONSTANTS = {name: value for name, value in vars(Config).items() if name.isupper
 RANGES = (  # names, least, most
     ("IMAGE_SIZE PATCH_SIZE GLOBAL_CROP_SIZE LOCAL_CROP_SIZE", 1, 4096),
     ("PROJECTION_DIM HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM BATCH_SIZE GLOBAL_CROPS_NUMBER", 2, 2 ** 20),
-    ("TOTAL_EPOCHS", 1, 10 ** 6),
+    ("TOTAL_EPOCHS ACCUMULATE", 1, 10 ** 6),
     ("LOCAL_CROPS_NUMBER REGISTER_TOKENS SINKHORN_ITERATIONS", 0, 1000),
     ("TRAIN_IMAGES EVAL_EVERY SAVE_EVERY", 0, 10 ** 9),
     ("SEED", 0, 2 ** 31 - 1),
@@ -568,22 +572,31 @@ def load_npz(path, size, device):
 
 
 def load_folder(path, size, device):
-    """→ Pictures of a folder: train/<class>/… and test/<class>/…, or any pictures below it, then without labels."""
-    endings = set(Image.registered_extensions())
-    unreadable = []
+    """→ Pictures of a folder: train/<class>/… and test/<class>/…, or any pictures below it, then without labels.
+
+    Left out and named in a warning: what is no picture, broken or of far too many pixels, and links out of the folder.
+    """
+    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow hands others, such as EPS, to outside programs
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in formats}
+    unreadable, inside = [], Path(path).resolve()
 
     def read(file):
         try:
-            with Image.open(file) as picture:
+            if not file.resolve().is_relative_to(inside):
+                raise ValueError("a link out of the folder")
+            if file.suffix.lower() not in endings:
+                raise ValueError("its name does not end like a picture's")
+            with Image.open(file, formats=formats) as picture:
                 return as_uint8(picture, size)
         except Exception as error:                               # Pillow raises many kinds for a broken file
             unreadable.append(f"{file} ({error})")
 
     def gather(folder):
-        files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in endings and f.is_file())
+        files = sorted(f for f in folder.rglob("*") if (f.is_file() or f.is_symlink()) and not f.name.startswith("."))
         require_memory(len(files), size, device)
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:                             # around all threads: the
             warnings.simplefilter("ignore")                                                       # filters are the process's
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             found = [(f, image) for f, image in zip(files, pool.map(read, files)) if image is not None]
         if not found:
             raise InputError(f"{folder} holds no readable picture; give a folder of pictures or of train/<class>/… ones")
@@ -602,7 +615,7 @@ def load_folder(path, size, device):
     else:
         pictures = Pictures(gather(root)[1], name=root.name)
     if unreadable:
-        warnings.warn(f"{len(unreadable)} unreadable files left out: {', '.join(sorted(unreadable))}")
+        warnings.warn(f"{len(unreadable)} files left out: {', '.join(sorted(unreadable))}")
     return pictures
 
 
@@ -649,9 +662,9 @@ def prepare_pictures(config, dataset=None):
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:c.TRAIN_IMAGES].sort().values
         pictures = pictures._replace(**{name: getattr(pictures, name)[chosen] for name in ("train_images", "train_labels", "train_masks")
                                         if getattr(pictures, name) is not None})
-    if c.BATCH_SIZE > len(pictures.train_images):
-        raise InputError(f"BATCH_SIZE ({c.BATCH_SIZE}) is above the number of training pictures "
-                         f"({len(pictures.train_images)}); lower it or give more pictures")
+    if pictures_per_step(c) > len(pictures.train_images):
+        raise InputError(f"BATCH_SIZE ({c.BATCH_SIZE}) makes {pictures_per_step(c):,} pictures a step, more than there are for training "
+                         f"({len(pictures.train_images):,}); lower it or ACCUMULATE ({c.ACCUMULATE}), or give more pictures")
     require_memory(len(pictures.train_images), c.IMAGE_SIZE, c.DEVICE)
     return Pictures(*[part.to(c.DEVICE) if isinstance(part, torch.Tensor) else part for part in pictures])
 
@@ -664,6 +677,59 @@ def pixel_statistics(images):
     mean = (counts * level).sum(1) / counts.sum(1)
     std = ((counts * (level - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
     return mean.tolist(), std.clamp(min=1e-3).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: every line but those that call these functions is written for one
+# ----------------------------------------------------------------------------------------------------------------------
+
+def world_size():
+    """→ W, the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """→ this process's number, from 0; number 0 alone writes files and talks."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def all_reduce(tensor, operation="SUM"):
+    """Sum or maximum over all processes, in place, without gradient; on one process the identity."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """all_reduce with a gradient: what one process adds changes the loss of all of them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduce(gradient.clone(memory_format=torch.contiguous_format))
+
+
+def gather_rows(x):
+    """(B,D) on each of W processes → (W·B,D), in the order of the processes, with gradient; on one process x itself."""
+    if world_size() == 1:
+        return x
+    return SumOverProcesses.apply(F.pad(x, (0, 0, rank() * len(x), (world_size() - 1 - rank()) * len(x))))
+
+
+def largest(number):
+    """→ the largest of all processes' numbers: what one of them wants, all do."""
+    return all_reduce(torch.tensor(float(number)), "MAX").item()
+
+
+def of_all(value):
+    """→ list of every process's value, any that can be pickled."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -872,14 +938,22 @@ def initialise_linear(module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of the last dimension over all others, always with the statistics of the batch at hand."""
+    """Batch normalisation of the last dimension over all others, always with the statistics of the batch at hand, of all processes."""
 
     def __init__(self, features):
         super().__init__(features, track_running_stats=False)
 
     def forward(self, x):
         rows = x.flatten(0, -2)
+        if world_size() > 1:
+            return self.over_processes(rows.float()).view_as(x)
         return super().forward(rows).view_as(x) if len(rows) > 1 else x                           # one row has no statistics
+
+    def over_processes(self, rows):
+        count = all_reduce(torch.tensor(float(len(rows)), device=rows.device))
+        centred = rows - SumOverProcesses.apply(rows.sum(0)) / count
+        variance = SumOverProcesses.apply(centred.square().sum(0)) / count
+        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 class ProjectionHead(nn.Module):
@@ -915,14 +989,6 @@ def unit(x):
 # ----------------------------------------------------------------------------------------------------------------------
 # Objective: targets, losses and masks
 # ----------------------------------------------------------------------------------------------------------------------
-
-def all_reduce(tensor, operation="SUM"):
-    """Sum or maximum over all processes, in place; on one process the identity. One of the file's points of contact with
-    distributed training: every other line is written for one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation))
-    return tensor
-
 
 @torch.no_grad()
 def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
@@ -991,16 +1057,19 @@ def ibot_loss(student_output, teacher_output, mask, teacher_temp=0.04, student_t
     counts = mask.sum(1)
     crop = masked_positions(mask, len(targets)) // mask.shape[1]
     losses = cross_entropy(student_output, targets, student_temp) / counts[crop]
-    return losses.sum() / (counts > 0).sum().clamp(min=1)
+    crops = all_reduce((counts > 0).sum().float()) / world_size()                                 # the mean over processes is over all crops
+    return losses.sum() / crops.clamp(min=1 / world_size())
 
 
 def koleo_regularizer(features, kind="cosine"):
     """Spreads features (B,D) over the sphere → scalar, lower is more even, 0 for one row.
 
     "nearest": −mean log(distance to the nearest other row + 1e-8) of the unit vectors (1806.03198, equation 2); −ln 2
-    for two opposite ones. "cosine": mean squared cosine between different rows; 0 orthogonal, 1 identical.
+    for two opposite ones. "cosine": mean squared cosine between different rows; 0 orthogonal, 1 identical. Of several
+    processes the rows are one batch.
     """
-    x, rows = unit(features), len(features)
+    x = gather_rows(unit(features))
+    rows = len(x)
     if rows < 2:
         return x.sum() * 0
     with torch.autocast(x.device.type, enabled=False):           # 1e-8 vanishes in half precision
@@ -1162,8 +1231,8 @@ def target_diagnostics(targets, cross_entropy_value):
     pictures get the same one. kl: what the student still gets wrong. prototypes: share that is some row's largest.
     """
     teacher_entropy = entropy(targets).mean()
-    used = torch.zeros_like(targets[0]).index_fill(0, targets.argmax(1), 1)
-    return {"teacher_entropy": teacher_entropy, "mean_entropy": entropy(targets.mean(0)),
+    used = all_reduce(torch.zeros_like(targets[0]).index_fill(0, targets.argmax(1), 1), "MAX")
+    return {"teacher_entropy": teacher_entropy, "mean_entropy": entropy(all_reduce(targets.mean(0)) / world_size()),
             "kl": cross_entropy_value.detach() - teacher_entropy, "prototypes": used.mean()}
 
 
@@ -1193,7 +1262,7 @@ class Schedules:
     """`at(step)` → dict with the step's lr, prototype_lr, weight_decay, momentum and teacher_temp."""
 
     def __init__(self, config, total_steps):
-        c, scale = config, math.sqrt(config.BATCH_SIZE / 1024)
+        c, scale = config, math.sqrt(pictures_per_step(config) / 1024)
         self.frozen_steps = round(c.FREEZE_PROTOTYPES * total_steps)
         self.lr = CosineScheduler(c.LEARNING_RATE * scale, c.LEARNING_RATE_END * scale, total_steps, round(c.WARMUP * total_steps))
         self.weight_decay = CosineScheduler(c.WEIGHT_DECAY, c.WEIGHT_DECAY_END, total_steps)
@@ -1207,6 +1276,11 @@ class Schedules:
                 "momentum": self.momentum.get_value(step), "teacher_temp": self.teacher_temp.get_value(step)}
 
 
+def pictures_per_step(config):
+    """→ BATCH_SIZE pictures times ACCUMULATE micro-batches times the number of processes."""
+    return config.BATCH_SIZE * config.ACCUMULATE * world_size()
+
+
 def make_optimizer(model):
     """→ AdamW over the student and its heads in three groups: matrices, which decay; biases, norms and single tokens,
     which do not; prototypes, which decay and have a learning rate of their own."""
@@ -1218,26 +1292,35 @@ def make_optimizer(model):
     return torch.optim.AdamW([{"name": name, "params": parameters} for name, parameters in groups.items()], lr=0.0, fused=True)
 
 
-def train_step(model, optimizer, views, mask, settings, masked_patches=None):
+def train_step(model, optimizer, micro_batches, settings, masked_patches=None):
     """One step: losses, gradients, AdamW, then the teacher → dict of 0-dimensional tensors; nothing waits for the device.
 
-    settings: what `Schedules.at` gives. Where the loss or its gradient is not finite the weights stay, and `skipped` is 1.
+    model: a DINOv2, or what `distribute` made of it. micro_batches: ACCUMULATE pairs (views, mask), as DINOv2.forward takes
+    them, in any iterable. settings: what `Schedules.at` gives. The losses are means over the micro-batches. Where they or
+    the gradient are not finite, on any process, the weights stay, and `skipped` is 1.
     """
+    network = getattr(model, "module", model)                    # without its wrapper
+    c, parts = network.config, []
     for group in optimizer.param_groups:
         group["lr"] = settings["prototype_lr" if group["name"] == "prototypes" else "lr"]
         group["weight_decay"] = 0.0 if group["name"] == "vectors" else settings["weight_decay"]
-    with autocast(model.config):
-        values = model(views, mask, settings["teacher_temp"], masked_patches)
     optimizer.zero_grad(set_to_none=True)
-    values["loss"].backward()
+    for views, mask in micro_batches:
+        alone = len(parts) + 1 < c.ACCUMULATE and model is not network                            # processes share the last sum only
+        with model.no_sync() if alone else nullcontext():
+            with autocast(c):
+                values = model(views, mask, settings["teacher_temp"], masked_patches)
+            (values["loss"] / c.ACCUMULATE).backward()
+        parts.append({name: value.detach() for name, value in values.items()})
+    values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, model.config.CLIP_GRAD or math.inf)
-    values["skipped"] = 1 - torch.isfinite(values["loss"] + values["grad_norm"]).float()
+    values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, c.CLIP_GRAD or math.inf)
+    values["skipped"] = all_reduce(1 - torch.isfinite(values["loss"] + values["grad_norm"]).float(), "MAX")
     optimizer.found_inf = values["skipped"]                      # with it the fused AdamW leaves all as it is
     if parameters[0].device.type != "mps" or not values["skipped"]:                               # which old versions do not heed there
         optimizer.step()
-    model.update_teacher(settings["momentum"])
-    return {name: value.detach() for name, value in values.items()}
+    network.update_teacher(settings["momentum"])
+    return values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1434,63 +1517,84 @@ def write_safely(path, data):
                          "OUTPUT_DIR, then go on with --resume") from None
 
 
-def random_states(states=None):
-    """→ the states of Python's, NumPy's and torch's generators, in plain values; given these, sets them."""
+def random_states(device, states=None):
+    """→ the states of Python's, NumPy's, torch's and the device's generators, in plain values; given these, sets them."""
     if states is None:
         kind, keys, *rest = np.random.get_state()
-        return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+        return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+                "device": device_random_state(device)}
     version, keys, rest = states["python"]
     random.setstate((version, tuple(keys), rest))
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
+    if states["device"] is not None:
+        device_random_state(device, states["device"].cpu())
 
 
 def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoch=0, untold=()):
     """Writes all that a run needs to go on. epoch: those done; untold: the steps that `Report` has not yet told, Report.untold."""
     states = {key: getattr(model, part).state_dict() for part, key in STATE_KEYS.items()}
     states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=optimizer.state_dict(),
-                  steps_per_epoch=steps_per_epoch, random_states=random_states(), untold=list(untold),
-                  device_random_state=device_random_state(torch.device(model.config.DEVICE)))
-    buffer = io.BytesIO()
-    torch.save(states, buffer)
-    write_safely(path, buffer.getbuffer())
+                  steps_per_epoch=steps_per_epoch, untold=list(untold), random_states=of_all(random_states(torch.device(model.config.DEVICE))))
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(states, buffer)
+        write_safely(path, buffer.getbuffer())
 
 
 def read_checkpoint(path, device="cpu"):
     """→ the checkpoint as a dict of tensors and plain values; nothing in the file is executed. Else InputError."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                          # torch does not compare the checksums that it writes
+        if damaged:
+            raise ValueError(f"its part {damaged} is damaged")
         states = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                                   # torch raises many kinds for a missing, broken or unsafe file
         raise InputError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
-    missing = [key for key in ("config", "epoch", *STATE_KEYS.values()) if key not in states]
-    if missing:
-        raise InputError(f"{path} is no checkpoint of this program: {missing[0]} is not in it")
+    kinds = {"config": dict, "epoch": int, "step": int, "data": str, **dict.fromkeys(STATE_KEYS.values(), dict)}
+    for key, kind in kinds.items():
+        if not isinstance(states, dict) or not isinstance(states.get(key), kind):
+            raise InputError(f"{path} is no checkpoint of this program: it has no {key}, or a broken one")
+    try:
+        Config(**{**states["config"], "DEVICE": "cpu"})
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path} holds settings that cannot be used: {error}") from None
     return states
 
 
 def load_checkpoint(path, model, optimizer=None):
     """Puts a checkpoint into a model of the same sizes, and into its optimizer and the random generators with it → the dict."""
     states = read_checkpoint(path, model.config.DEVICE)
-    try:
-        for part, key in STATE_KEYS.items():
-            getattr(model, part).load_state_dict(states[key])
-    except RuntimeError as error:
-        raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
+    for part, key in STATE_KEYS.items():
+        fill(getattr(model, part), states[key], path)
     if optimizer is not None:
         if "untold" not in states:
             raise InputError(f"{path} is of an earlier version, from which a run cannot go on exactly; start afresh")
-        optimizer.load_state_dict(states["optimizer_state_dict"])
-        random_states(states["random_states"])
-        if states["device_random_state"] is not None:
-            device_random_state(torch.device(model.config.DEVICE), states["device_random_state"].cpu())
+        try:
+            optimizer.load_state_dict(states["optimizer_state_dict"])
+            if rank() < len(states["random_states"]):
+                random_states(torch.device(model.config.DEVICE), states["random_states"][rank()])
+            else:                                                # saved by fewer processes
+                seed_apart(model.config.SEED, states["step"])
+        except Exception as error:                               # as many kinds as a stranger's file can be wrong in
+            raise InputError(f"{path} holds no state to go on from: {error}") from None
     return states
+
+
+def fill(module, state, path):
+    """Puts a state dict from the checkpoint at path into a module. InputError where it does not fit."""
+    try:
+        module.load_state_dict(state)
+    except Exception as error:                                   # RuntimeError for other sizes; others for what is no tensor
+        raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_backbone(path, device="cpu"):
     """→ the teacher's VisionTransformer of a checkpoint, in eval mode on device, built from the checkpoint's own config."""
     states = read_checkpoint(path, device)
     backbone = build_backbone(Config(**{**states["config"], "DEVICE": str(device)}))
-    backbone.load_state_dict(states["teacher_state_dict"])
+    fill(backbone, states["teacher_state_dict"], path)
     return backbone.to(device).eval()
 
 
@@ -1526,17 +1630,21 @@ class Report:
         self.path, self.history = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history)
         self.waiting, self.untold, self.skipped_in_a_row = [], list(untold), 0                    # steps' scalars on the device; then here
         self.skipped = sum(row["skipped"] for row in [r for r in history if r["event"] == "step"] + self.untold)
-        write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
+        if rank() == 0:
+            write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
 
     def start(self):
         """The clock runs from here → the bar, to be closed by `with`."""
         self.started = time.perf_counter()
-        self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", mininterval=0.5, dynamic_ncols=True)
+        self.bar = tqdm(total=self.total_steps, initial=self.first_step, unit="step", mininterval=0.5, dynamic_ncols=True,
+                        disable=rank() > 0)
         return self.bar
 
     def record(self, event, **values):
         """Adds a line to metrics.jsonl and flushes it to the disk, or, where that is full, adds nothing."""
         self.history.append({"event": event, **values})
+        if rank():
+            return
         line = (json.dumps(self.history[-1]) + "\n").encode()
         try:
             with open(self.path, "ab", buffering=0) as file:
@@ -1570,7 +1678,8 @@ class Report:
     def look(self):
         """Fetches the scalars that wait on the device; tells the skipped steps among them; InputError after ten in a row."""
         waiting, self.waiting, first = self.waiting, [], self.step - len(self.waiting) + 1
-        values = torch.stack([torch.stack(list(row.values())) for row in waiting]).tolist() if waiting else []
+        values = [torch.stack(list(row.values())) for row in waiting]
+        values = (all_reduce(torch.stack(values)) / world_size()).tolist() if waiting else []     # the mean of all processes
         for step, row in enumerate((dict(zip(waiting[0], row)) for row in values), first):
             self.untold.append(row)
             self.skipped += row["skipped"]
@@ -1595,7 +1704,7 @@ class Report:
         now = time.perf_counter()
         if done == 1:
             self.clock = now
-            return self.config.BATCH_SIZE / (now - self.started)
+            return pictures_per_step(self.config) / (now - self.started)
         per_step = (now - self.clock) / (done - 1)
         if done == 6 and self.step < self.total_steps:
             left = per_step * (self.total_steps - self.step)
@@ -1603,7 +1712,7 @@ class Report:
             if left > 3600 and torch.device(self.config.DEVICE).type == "cpu":
                 self.say("That is over an hour on this CPU. For a first look: --quick. To shorten the run, lower TOTAL_EPOCHS, "
                          "TRAIN_IMAGES or LOCAL_CROPS_NUMBER, or set MODEL_SIZE tiny and PATCH_SIZE 8.")
-        return self.config.BATCH_SIZE / per_step
+        return pictures_per_step(self.config) / per_step
 
     def end_epoch(self, epoch, scores):
         """One aligned line and one record: means over the epoch's steps, and the evaluation if there was one."""
@@ -1616,7 +1725,7 @@ class Report:
         baseline = next((r for r in self.history if r["event"] == "baseline" and "rank" in r), None)
         if scores and baseline:
             c = self.config
-            for sign in collapse_signs(scores, means, baseline, c.PROJECTION_DIM, c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE):
+            for sign in collapse_signs(scores, means, baseline, c.PROJECTION_DIM, c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE * world_size()):
                 self.say(f"COLLAPSED: {sign}.")
 
 
@@ -1628,6 +1737,8 @@ def show(axes, image, title=""):
 
 
 def save_figure(figure, path):
+    if rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=120, bbox_inches="tight")
@@ -1752,10 +1863,51 @@ def can_compile(config):
     return False
 
 
-def epoch_batches(count, batch_size, seed, epoch):
-    """The pictures of an epoch in random order → list of index tensors (batch_size,); the incomplete last batch is left out."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[:count - count % batch_size].split(batch_size)
+def epoch_batches(count, config, epoch):
+    """The pictures of an epoch in random order → a list of steps: this process's ACCUMULATE index tensors (B,) of each; the
+    incomplete last step is left out. All processes together take the same pictures, however many they are."""
+    c, size = config, pictures_per_step(config)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(c.SEED * 1_000_003 + epoch))
+    return [step.split(c.BATCH_SIZE)[rank()::world_size()] for step in order[:count - count % size].split(size)]
+
+
+def seed_apart(seed, step=0):
+    """Random numbers of this process that no other one draws; those of process 0 go on as they are."""
+    if rank():
+        torch.manual_seed(seed + 1_000_003 * rank() + 7 * step)
+
+
+@contextmanager
+def process_group(config):
+    """Joins the processes that torchrun started, if it did → config with this one's DEVICE. InputError where one is lost."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ or dist.is_initialized():
+        yield config
+        return
+    device = torch.device(config.DEVICE)
+    if device.type == "mps":
+        raise InputError(f"DEVICE ({config.DEVICE!r}) is for one process; start torchrun with --device cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    config = Config(**{**config.to_dict(), "DEVICE": str(device)})
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo for what is said on the host, such as a wish to stop, without waiting for a GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+            yield config
+    except RuntimeError as error:                                # of torch, whatever its kind
+        raise InputError(f"process {rank()} of {world_size()} failed, or lost another one: {str(error).strip().splitlines()[0]}; what was "
+                         "saved is whole, so that --resume goes on, with as many processes as you like") from error
+    dist.destroy_process_group()
+
+
+def distribute(model):
+    """→ what `train_step` takes: on several processes, the network wrapped so that they share their gradients' mean."""
+    if world_size() == 1:
+        return model
+    unused = not model.config.MASK_RATIO                         # without masks nothing asks the patch head
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
 
 
 @contextmanager
@@ -1797,7 +1949,8 @@ def make_model(config, mean, std):
         backbone.pixel_std.copy_(torch.tensor(std).view(3, 1, 1))
     model.to(config.DEVICE)
     if can_compile(config):
-        for part in (*model.student_parts(), *model.teacher_parts()):
+        compiled = 3 if world_size() == 1 else 1                 # of several processes not the heads, which talk to one another
+        for part in (*model.student_parts()[:compiled], *model.teacher_parts()[:compiled]):
             part.compile(dynamic=False)
     return model
 
@@ -1809,7 +1962,7 @@ def describe(config, model, pictures, steps):
     million = [sum(p.numel() for p in part.parameters()) / 1e6 for part in model.student_parts()]
     return (f"{c.MODEL_SIZE} ViT of {million[0]:.1f} M parameters, heads {million[1]:.1f} + {million[2]:.1f} M; {tokens} patches in "
             f"{c.GLOBAL_CROPS_NUMBER} + {c.LOCAL_CROPS_NUMBER} crops a picture; {len(pictures.train_images):,} pictures of {pictures.name}; "
-            f"{steps:,} steps of {c.BATCH_SIZE}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
+            f"{steps:,} steps of {pictures_per_step(c):,}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
 
 
 def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
@@ -1820,7 +1973,8 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
     path's, are put aside.
     """
     if path is None:
-        put_aside(config.OUTPUT_DIR)
+        if rank() == 0:
+            put_aside(config.OUTPUT_DIR)
         return 0, 0, [], []
     states = load_checkpoint(path, model, optimizer)
     metrics = read_metrics(Path(path).with_name("metrics.jsonl"))
@@ -1842,7 +1996,7 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
         print(f"an epoch has {steps_per_epoch:,} steps now, not {before:,}: going on at the beginning of epoch {epochs + 1}")
         records = [{**r, "step": r["step"] * steps_per_epoch // before} if "step" in r else r for r in records if r.get("step", 0) <= epochs * before]
         step, untold = epochs * steps_per_epoch, []
-    if config.RESUME != "newest" and Path(path).parent.resolve() == Path(config.OUTPUT_DIR).resolve():
+    if rank() == 0 and config.RESUME != "newest" and Path(path).parent.resolve() == Path(config.OUTPUT_DIR).resolve():
         put_aside(config.OUTPUT_DIR, path, metrics)
     return epochs, step, [r for r in records if r["event"] != "final"], untold
 
@@ -1883,7 +2037,7 @@ def train_dinov2(config=None, dataset=None):
     c = config or Config()
     if torch.device(c.DEVICE).type == "cpu":
         keep_freed_memory()
-    with output_folder(c.OUTPUT_DIR):
+    with process_group(c) as c, nullcontext() if rank() else output_folder(c.OUTPUT_DIR):
         try:
             return train_in_folder(c, dataset)
         except OSError as error:                                 # a rename, say, in a folder that someone took away
@@ -1892,19 +2046,25 @@ def train_dinov2(config=None, dataset=None):
 
 def train_in_folder(c, dataset):
     # Settings, pictures, network
-    checkpoint = find_checkpoint(c)
+    checkpoint = of_all(None if rank() else find_checkpoint(c))[0]
+    if rank():
+        of_all("ready")                                          # with what process 0 perhaps had to download
     pictures = prepare_pictures(c, dataset)
+    if rank() == 0:
+        of_all("ready")
     torch.manual_seed(c.SEED)
     mean, std = pixel_statistics(pictures.train_images)
     model = make_model(c, mean, std)
+    seed_apart(c.SEED)
     optimizer, transform = make_optimizer(model), make_transform(c, mean, std)
     crops = MultiCropDataset(pictures, transform)
-    steps_per_epoch = len(crops) // c.BATCH_SIZE
+    steps_per_epoch = len(crops) // pictures_per_step(c)
     schedules = Schedules(c, steps_per_epoch * c.TOTAL_EPOCHS)
     masked_patches = sum(mask_counts(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2, c.MASK_RATIO, c.MASK_PROB))
 
     # Where the run stands, and where the features stood before training
     epochs, step, history, untold = start_or_resume(c, checkpoint, model, optimizer, pictures.name, steps_per_epoch)
+    history = of_all(history)[0]                                 # process 0 is the one that writes it again
     report = Report(c, steps_per_epoch, step, history, untold)
     print(describe(c, model, pictures, report.total_steps))
     evaluates = pictures.train_labels is not None and pictures.test_labels is not None
@@ -1920,23 +2080,25 @@ def train_in_folder(c, dataset):
         print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
 
     # The epochs
+    trained = distribute(model)
     with stop_requests() as asked, report.start():
         saved = time.perf_counter()
         for epoch in range(epochs, c.TOTAL_EPOCHS):
-            for indices in epoch_batches(len(crops), c.BATCH_SIZE, c.SEED, epoch)[report.step - epoch * steps_per_epoch:]:
+            for step in epoch_batches(len(crops), c, epoch)[report.step - epoch * steps_per_epoch:]:
                 settings = schedules.at(report.step)
-                views, mask = crops.__getitems__(indices), draw_masks(c, c.DEVICE)
-                report.add(train_step(model, optimizer, views, mask, settings, masked_patches), settings)
+                micro_batches = ((crops.__getitems__(indices), draw_masks(c, c.DEVICE)) for indices in step)  # one at a time in memory
+                report.add(train_step(trained, optimizer, micro_batches, settings, masked_patches), settings)
                 overdue = c.SAVE_EVERY_MINUTES and time.perf_counter() - saved > 60 * c.SAVE_EVERY_MINUTES
-                if asked or overdue:
+                wanted = largest(asked[0] if asked else 0.5 if overdue else 0)                    # a signal's number, 0.5 for a save alone
+                if wanted:
                     save_epoch(model, optimizer, epoch, report, pictures.name)
                     saved = time.perf_counter()
-                    leave_if(asked, report)
+                    leave_if(wanted, report)
             due, last = c.EVAL_EVERY and (epoch + 1) % c.EVAL_EVERY == 0, epoch + 1 == c.TOTAL_EPOCHS
             report.end_epoch(epoch + 1, evaluate(model, pictures, linear=last) if evaluates and (due or last) else {})
             save_epoch(model, optimizer, epoch + 1, report, pictures.name)
             saved = time.perf_counter()
-            leave_if(asked, report)
+            leave_if(largest(asked[0] if asked else 0), report)
     finish(model, pictures, transform, report, baseline)
     return model
 
@@ -1973,6 +2135,8 @@ def save_epoch(model, optimizer, epoch, report, data):
     kept = [f"epoch_{epoch}"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0) + ["final"] * (epoch == c.TOTAL_EPOCHS)
     first, *others = [folder / f"dinov2_{name}.pth" for name in kept] + [new]                     # what goes on from new has them
     save_checkpoint(first, model, optimizer, epoch, report.step, data, report.steps_per_epoch, report.untold)
+    if rank():
+        return
     for path in others:
         write_safely(path, first.read_bytes())
     if last.exists():
@@ -1980,11 +2144,11 @@ def save_epoch(model, optimizer, epoch, report, data):
     new.replace(last)                                            # at every moment there are two that are whole
 
 
-def leave_if(asked, report):
-    """Ends the run where a signal asked for it; all is saved."""
-    if asked:
+def leave_if(wanted, report):
+    """Ends the run where a signal of this number asked for it; all is saved."""
+    if wanted >= 1:
         report.say(f"stopped and saved at step {report.step:,} of {report.total_steps:,}; the same command with --resume goes on")
-        if asked[0] == signal.SIGTERM:
+        if wanted == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 

@@ -127,7 +127,7 @@ class Ours:
     def step(self):
         views = self.crops.__getitems__(torch.randperm(len(self.crops))[:self.config.BATCH_SIZE])
         mask = dinov2.draw_masks(self.config, self.config.DEVICE)
-        dinov2.train_step(self.model, self.optimizer, views, mask, self.settings, self.masked_patches)
+        dinov2.train_step(self.model, self.optimizer, [(views, mask)], self.settings, self.masked_patches)
 
     def details(self, repeats):
         """→ seconds of each stage, from further steps that wait for the device around each."""

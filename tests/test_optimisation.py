@@ -30,7 +30,7 @@ class Run:
         self.masked_patches = int(self.mask.sum())
 
     def step(self, **settings):
-        return train_step(self.model, self.optimizer, self.views, self.mask, {**SETTINGS, **settings}, self.masked_patches)
+        return train_step(self.model, self.optimizer, [(self.views, self.mask)], {**SETTINGS, **settings}, self.masked_patches)
 
     def group(self, name):
         return next(group for group in self.optimizer.param_groups if group["name"] == name)
@@ -229,7 +229,7 @@ def test_a_step_never_waits_for_the_device(small, device, monkeypatch):
                 patch.setattr(torch, name, waits)
             run.step()
             with pytest.raises(AssertionError, match="read from the device"):
-                train_step(run.model, run.optimizer, run.views, run.mask, SETTINGS)               # counts the mask itself
+                train_step(run.model, run.optimizer, [(run.views, run.mask)], SETTINGS)               # counts the mask itself
     finally:
         if device == "cuda":
             torch.cuda.set_sync_debug_mode("default")
@@ -268,3 +268,28 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(small):
             run.step()
     first, same, other = (run.copy() for run in runs)
     assert all(torch.equal(a, b) for a, b in zip(first, same)) and not torch.equal(first[-1], other[-1])
+
+
+# ---- Several micro-batches a step
+
+def test_accumulated_micro_batches_make_one_step_with_the_mean_gradient(small):
+    a, b = Run(small(ACCUMULATE=2, CLIP_GRAD=0.0, BATCH_SIZE=4)), Run(small(CLIP_GRAD=0.0, BATCH_SIZE=4))
+    second = [torch.randn_like(view) for view in a.views], a.mask.flip(0)
+    parameters = [p for part in b.model.student_parts() for p in part.parameters()]
+    gradients = []
+    for views, mask in ((b.views, b.mask), second):
+        b.model(views, mask, SETTINGS["teacher_temp"])["loss"].backward()
+        gradients.append([parameter.grad for parameter in parameters])
+        b.model.zero_grad(set_to_none=True)
+    moves, update = [], a.model.update_teacher
+    a.model.update_teacher = lambda momentum: (moves.append(momentum), update(momentum))
+    values = train_step(a.model, a.optimizer, iter([(a.views, a.mask), second]), SETTINGS)            # lazily, as the loop gives them
+    for parameter, *parts in zip((p for part in a.model.student_parts() for p in part.parameters()), *gradients):
+        close(parameter.grad, sum(parts) / 2)
+    assert moves == [SETTINGS["momentum"]] and {int(state["step"]) for state in a.optimizer.state.values()} == {1}
+    losses = [b.model(views, mask, SETTINGS["teacher_temp"])["loss"] for views, mask in ((b.views, b.mask), second)]
+    close(values["loss"], sum(losses).detach() / 2)
+
+
+def test_the_rate_follows_the_pictures_of_a_step(small):
+    assert Schedules(small(ACCUMULATE=4, WARMUP=0.0), 10).at(0)["lr"] == pytest.approx(2 * Schedules(small(WARMUP=0.0), 10).at(0)["lr"])

@@ -286,7 +286,7 @@ COMMANDS = [part.strip() for kind, text in BLOCKS if kind == "bash" for line in 
 
 def test_every_command_of_the_readme_is_of_a_known_kind():
     known = ("pip install -r requirements.txt", "python -m pytest", "python dinov2_cifar.py", "python ../shared/data/unpack.py", "python benchmarks/throughput.py",
-             "timeout 590 python benchmarks/recipe.py", "pip install lightly==1.6.0 timm==1.0.31", "git clone", "cd ")
+             "timeout 590 python benchmarks/recipe.py", "python benchmarks/recipe.py", "torchrun --nproc-per-node 2 dinov2_cifar.py", "pip install lightly==1.6.0 timm==1.0.31", "git clone", "cd ")
     assert COMMANDS and all(command.startswith(known) for command in COMMANDS)
 
 

@@ -1,0 +1,135 @@
+"""Several processes: two with half of a batch each are one with the whole, runs go on with another number, a lost process ends the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from recipe import flags
+
+import dinov2_cifar
+from dinov2_cifar import Config, DINOv2, draw_masks, make_shapes, read_checkpoint, read_metrics
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
+
+
+def network(batch_size, **changes):
+    """→ a DINOv2 whose teacher is not its student, the same on every call."""
+    torch.manual_seed(1)
+    model = DINOv2(Config(**{**SMALL, "BATCH_SIZE": batch_size, **changes}))
+    for part in model.teacher_parts():
+        for parameter in part.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def measure(model, views, mask, wrap=lambda model: model):
+    """→ losses and diagnostics, targets, and gradients by name, of one backward pass."""
+    positions = dinov2_cifar.masked_positions(mask, int(mask.sum()))
+    targets = model.teacher_targets(views, positions, 0.05)
+    wrapped = wrap(model)                                        # must outlive the backward pass
+    values = wrapped(views, mask, 0.05)
+    values["loss"].backward()
+    return ({name: value.item() for name, value in values.items()}, targets,
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+
+
+def work_on_a_share(rank, folder, views, mask, changes):
+    """One of two processes, with its half of the pictures."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    model = network(len(views[0]) // 2, **changes)
+    share = mask.unflatten(0, (model.config.GLOBAL_CROPS_NUMBER, -1)).chunk(2, 1)[rank].flatten(0, 1)
+    torch.save(measure(model, [view.chunk(2)[rank] for view in views], share, dinov2_cifar.distribute), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("changes", [{}, {"KOLEO_KIND": "cosine", "HEAD_BATCH_NORM": False}, {"MASK_RATIO": 0.0}], ids=str)
+def test_two_processes_are_one_with_the_whole_batch(changes, tmp_path):
+    config = Config(**{**SMALL, "BATCH_SIZE": 16, **changes})
+    views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
+    mask = draw_masks(config, "cpu")
+    values, targets, gradients = measure(network(16, **changes), views, mask)
+    torch.multiprocessing.spawn(work_on_a_share, (tmp_path, views, mask, changes), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for name, value in values.items():
+        assert sum(part[0][name] for part in parts) / 2 == pytest.approx(value, abs=1e-5), name
+    assert torch.allclose(torch.cat([part[1][0] for part in parts], 1), targets[0], atol=1e-5)    # (G,B,K) of pictures
+    of_mask = mask.unflatten(0, (2, -1)).chunk(2, 1)
+    rows = [torch.nonzero(torch.zeros_like(mask).unflatten(0, (2, -1)).index_copy(1, torch.arange(8) + 8 * rank, of_mask[rank]).flatten()[mask.flatten()])
+            for rank in (0, 1)]                                  # where each process's masked patches stand among all
+    for part, mine in zip(parts, rows):
+        assert torch.allclose(part[1][1], targets[1][mine.squeeze(1)], atol=1e-5)
+        assert part[2].keys() >= gradients.keys()
+        for name, gradient in gradients.items():
+            assert torch.allclose(part[2][name], gradient, atol=1e-5), name
+
+
+# Whole runs, started as users start them
+
+@pytest.fixture
+def pictures(tmp_path):
+    (x_train, y_train), (x_test, y_test) = make_shapes(64, 32, seed=0), make_shapes(32, 32, seed=1)
+    path = tmp_path / "shapes.npz"
+    np.savez(path, x_train=x_train.permute(0, 2, 3, 1), y_train=y_train, x_test=x_test.permute(0, 2, 3, 1), y_test=y_test)
+    return path
+
+
+def command(processes, out, pictures, **changes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+    return [sys.executable, *launcher, str(ROOT / "dinov2_cifar.py"), *flags({**SMALL, "DATASET": str(pictures), "OUTPUT_DIR": str(out), **changes})]
+
+
+def start(*words, **changes):
+    return subprocess.Popen(command(*words, **changes), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def test_a_run_goes_on_with_two_processes_and_with_one_again(pictures, tmp_path):
+    out, said = tmp_path / "out", []
+    for epochs, processes in ((1, 1), (2, 2), (3, 1)):
+        process = start(processes, out, pictures, TOTAL_EPOCHS=epochs, **{"RESUME": "newest"} if epochs > 1 else {})
+        said.append(process.communicate(timeout=300)[0])
+        assert process.returncode == 0, said[-1]
+    assert said[1].count("an epoch has 4 steps now, not 8: going on at the beginning of epoch 2") == 1, said[1]
+    assert "8 steps of 16" in said[1] and "an epoch has 8 steps now, not 4" in said[2]
+    rows = read_metrics(out / "metrics.jsonl")
+    assert [(row["epoch"], row["step"]) for row in rows if row["event"] == "epoch"] == [(1, 8), (2, 16), (3, 24)]
+    assert [row["event"] for row in rows].count("final") == 1 and len(read_checkpoint(out / "dinov2_previous.pth")["random_states"]) == 2
+
+
+def test_a_request_to_stop_ends_all_processes_at_one_step(pictures, tmp_path):
+    process = start(2, tmp_path, pictures, TOTAL_EPOCHS=1000, EVAL_EVERY=0, SAVE_EVERY_MINUTES=1e-9)
+    wait_for(tmp_path / "dinov2_previous.pth", process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and said.count("stopped and saved at step") == 1, said
+    step = int(said.split("stopped and saved at step ")[1].split(" of ")[0].replace(",", ""))
+    assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == step
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_run_with_a_message(lost, pictures, tmp_path):
+    process = start(2, tmp_path, pictures, TOTAL_EPOCHS=1000, EVAL_EVERY=0, SAVE_EVERY_MINUTES=1e-9)
+    wait_for(tmp_path / "dinov2_previous.pth", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    of_rank = {dict(line.split("=", 1) for line in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in line).get("RANK"): int(child)
+               for child in children}
+    os.kill(of_rank[str(lost)], signal.SIGKILL)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and f"error: process {1 - lost} of 2 failed, or lost another one" in said, said
+    assert json.dumps(read_checkpoint(tmp_path / "dinov2_last.pth")["step"])                      # whole
