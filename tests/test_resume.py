@@ -292,7 +292,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_what_was_saved(limit, named,
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
-    """The run saves after every step, so that many kills fall into a save."""
+    """Every other kill waits for a save: the child is stopped, and killed if a file is half written, else it goes on."""
     done = python("""
         import os, random, time
         from pathlib import Path
@@ -329,6 +329,15 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
             if kills < 20:
                 time.sleep(draw.uniform(0.05, 0.4) * seconds)
                 ended, code = os.waitpid(pid, os.WNOHANG)
+                while not ended and kills % 2:
+                    os.kill(pid, signal.SIGSTOP)
+                    ended, code = os.waitpid(pid, os.WUNTRACED)
+                    if os.WIFSTOPPED(code):
+                        ended = 0
+                        if list(Path(cut).glob("*.tmp")):
+                            break
+                        os.kill(pid, signal.SIGCONT)
+                        time.sleep(0.001)
                 if not ended:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
@@ -343,7 +352,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
     """, tmp_path / "whole", tmp_path / "cut")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] == 20 and result["in a save"] > 0 and result["equal"], result
+    assert result["kills"] == 20 and result["in a save"] >= 10 and result["equal"], result
     assert told(tmp_path / "whole") == told(tmp_path / "cut")
 
 
