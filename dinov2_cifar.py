@@ -19,7 +19,6 @@ pixels, N patches of a crop, T = 1 + registers + N tokens, D width, K prototypes
 import argparse
 import ctypes
 import errno
-import inspect
 import io
 import json
 import math
@@ -60,6 +59,12 @@ from tqdm import tqdm
 
 class InputError(ValueError):
     """Something that the user gave cannot work; the message says what, with its value and the remedy."""
+
+
+def fail(message):
+    """Ends the program with exit code 2 and one line."""
+    print("error:", *str(message).split(), file=sys.stderr)
+    sys.exit(2)
 
 
 def best_device():
@@ -137,7 +142,8 @@ class Config:
     SEED = 0  # the same seed gives the same weights, bit for bit on a CPU
     DEVICE = best_device()  # "cuda", "cuda:1", "mps" or "cpu"; by default the fastest that is there
     PRECISION = "auto"  # "bf16": bfloat16 autocast; "fp32"; "auto": bf16 where the hardware multiplies it fast
-    COMPILE = True  # torch.compile the networks where it pays, which is on CUDA; off by itself without Triton
+    COMPILE = True  # torch.compile the networks where it pays, which is on CUDA; off by itself without Triton, and with SHARD
+    SHARD = False  # several processes split weights, gradients and optimizer, for networks that outgrow a GPU (FSDP2); else each has all
     EVAL_EVERY = 1  # epochs between evaluations (0: only at the end)
     SAVE_EVERY = 10  # epochs between checkpoints that are kept (0: only the last one)
     SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch, from which a run can go on (0: only at an epoch's end)
@@ -173,9 +179,11 @@ class Config:
         for name, choices in {"KOLEO_KIND": ("nearest", "cosine"), "MASK_KIND": ("block", "random"),
                               "PRECISION": ("auto", "bf16", "fp32"), "MODEL_SIZE": tuple(c.MODEL_DIMS)}.items():
             require(getattr(c, name) in choices, f"{name} ({getattr(c, name)!r}) must be one of {', '.join(choices)}")
+        for name in CONSTANTS:
+            require("\0" not in str(getattr(c, name)), f"{name} ({getattr(c, name)!r}) holds a character that no name can have")
         for size, dims in c.MODEL_DIMS.items():
-            require(isinstance(dims, (tuple, list)) and len(dims) == 3 and all(type(d) is int and d > 0 for d in dims),
-                    f"MODEL_DIMS[{size!r}] ({dims}) must be three whole numbers: width, depth, heads")
+            require(isinstance(dims, (tuple, list)) and len(dims) == 3 and all(type(d) is int and 0 < d <= 2 ** 14 for d in dims) and dims[1] <= 1000,
+                    f"MODEL_DIMS[{size!r}] ({dims}) must be three whole numbers: width (up to 16,384), depth (up to 1,000), heads")
             require(dims[0] % dims[2] == 0, f"MODEL_DIMS[{size!r}]: width {dims[0]} must be a multiple of its {dims[2]} heads")
         for name in ("IMAGE_SIZE", "GLOBAL_CROP_SIZE") + ("LOCAL_CROP_SIZE",) * (c.LOCAL_CROPS_NUMBER > 0):
             require(getattr(c, name) % c.PATCH_SIZE == 0,
@@ -202,7 +210,8 @@ CONSTANTS = {name: value for name, value in vars(Config).items() if name.isupper
 
 RANGES = (  # names, least, most
     ("IMAGE_SIZE PATCH_SIZE GLOBAL_CROP_SIZE LOCAL_CROP_SIZE", 1, 4096),
-    ("PROJECTION_DIM HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM BATCH_SIZE GLOBAL_CROPS_NUMBER", 2, 2 ** 20),
+    ("PROJECTION_DIM HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM BATCH_SIZE", 2, 2 ** 20),
+    ("GLOBAL_CROPS_NUMBER", 2, 1000),
     ("TOTAL_EPOCHS ACCUMULATE", 1, 10 ** 6),
     ("LOCAL_CROPS_NUMBER REGISTER_TOKENS SINKHORN_ITERATIONS", 0, 1000),
     ("TRAIN_IMAGES EVAL_EVERY SAVE_EVERY", 0, 10 ** 9),
@@ -237,14 +246,13 @@ def typed_like(default, name, value):
 
 def parse_arguments(argv=None):
     """→ Config from command-line flags, one a constant; exits with code 2 and one line where they make no sense."""
-    comments = dict(re.findall(r"^    ([A-Z_]+) = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    ([A-Z_]+) = .*?  # (.*)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    parser.error = fail
     parser.add_argument("--quick", action="store_true", help="tiny model, built-in pictures, three minutes: "
                         + ", ".join(f"{k}={v}" for k, v in QUICK.items()))
-    for name in CONSTANTS:
-        default = getattr(Config, name)
-        flag = dict(help=comments.get(name, "").replace("%", "%%") + f" [{default}]", default=argparse.SUPPRESS)
+    for name, default in CONSTANTS.items():
+        flag = dict(help=f"{comments[name]} [{getattr(Config, name)}]".replace("%", "%%"), default=argparse.SUPPRESS)
         if isinstance(default, bool):
             flag.update(action=argparse.BooleanOptionalAction)
         elif isinstance(default, tuple):
@@ -256,11 +264,11 @@ def parse_arguments(argv=None):
         if name == "RESUME":
             flag.update(nargs="?", const="newest")
         parser.add_argument("--" + name.lower().replace("_", "-"), **flag)
-    given = {name.upper(): value for name, value in vars(parser.parse_args(argv)).items()}
     try:
+        given = {name.upper(): value for name, value in vars(parser.parse_args(argv)).items()}
         return Config(**{**(QUICK if given.pop("QUICK") else {}), **given})
-    except InputError as error:
-        parser.error(str(error))
+    except (InputError, RecursionError) as error:                # the latter for JSON in JSON in JSON
+        fail(error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -506,16 +514,19 @@ def make_shapes(count, size=32, seed=0, masks=False):
     return (images, torch.from_numpy(labels)) + (torch.from_numpy(alpha[:, 0] >= 0.5),) * masks
 
 
+def memory_of(device):
+    """→ bytes that are free on a GPU, or that the machine has; infinite where it does not tell."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):                # Windows
+        return math.inf
+
+
 def require_memory(count, size, device):
     """Raises InputError where count pictures of size × size pixels, at 3 bytes a pixel, leave no room on the device."""
-    need = 3 * count * size ** 2
-    if torch.device(device).type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0]
-    else:
-        try:
-            room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):            # Windows does not tell
-            return
+    need, room = 3 * count * size ** 2, memory_of(device)
     if need > 0.5 * room:
         raise InputError(f"{count:,} pictures of {size} × {size} pixels take {need / 2 ** 30:.1f} GiB, more than half of "
                          f"the {room / 2 ** 30:.1f} GiB there; use fewer or a smaller IMAGE_SIZE ({size})")
@@ -732,6 +743,24 @@ def of_all(value):
     return values
 
 
+def whole(state):
+    """→ a tensor, or all those of a nested dict, on the CPU; sharded ones put together (SHARD), on process 0 alone."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if not torch.is_tensor(state):
+        return state
+    full = state.full_tensor() if hasattr(state, "full_tensor") else state                        # all processes must ask
+    return full.cpu() if rank() == 0 else None
+
+
+def share_of(value, like):
+    """→ this process's share of a whole tensor where `like` is sharded and of its shape; else the value itself."""
+    if not hasattr(like, "full_tensor") or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)        # every process has read it
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Model: a pre-norm Vision Transformer (2010.11929) and the projection heads
 # ----------------------------------------------------------------------------------------------------------------------
@@ -859,7 +888,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.registers = nn.Parameter(torch.zeros(1, register_tokens, embed_dim))
+        self.registers = nn.Parameter(torch.zeros(1, register_tokens, embed_dim), requires_grad=register_tokens > 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, dropout, layer_scale, rate)
@@ -1143,6 +1172,11 @@ def draw_masks(config, device):
     return fill_mask(torch.zeros(len(counts), side ** 2, dtype=torch.bool, device=device), counts)
 
 
+def local_tensors(module):
+    """→ list of a module's parameters, or of this process's shares of them."""
+    return [p.to_local() if hasattr(p, "to_local") else p for p in module.parameters()]
+
+
 class DINOv2(nn.Module):
     """Student and teacher, each with its backbone and its own untied heads for pictures and for patches.
 
@@ -1220,7 +1254,7 @@ class DINOv2(nn.Module):
     def update_teacher(self, m):
         """Teacher ← m · teacher + (1 − m) · student, backbone and heads; m in 0..1 (DINO, section 3.1)."""
         for teacher, student in zip(self.teacher_parts(), self.student_parts()):
-            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
+            torch._foreach_lerp_(local_tensors(teacher), local_tensors(student), 1 - m)
 
 
 @torch.no_grad()
@@ -1314,7 +1348,8 @@ def train_step(model, optimizer, micro_batches, settings, masked_patches=None):
         parts.append({name: value.detach() for name, value in values.items()})
     values = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    values["grad_norm"] = nn.utils.clip_grad_norm_(parameters, c.CLIP_GRAD or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, c.CLIP_GRAD or math.inf)
+    values["grad_norm"] = grad_norm.full_tensor() if c.SHARD else grad_norm
     values["skipped"] = all_reduce(1 - torch.isfinite(values["loss"] + values["grad_norm"]).float(), "MAX")
     optimizer.found_inf = values["skipped"]                      # with it the fused AdamW leaves all as it is
     if parameters[0].device.type != "mps" or not values["skipped"]:                               # which old versions do not heed there
@@ -1337,10 +1372,11 @@ def extract_features(model, images, batch_size=512, patches=False):
     backbone = getattr(model, "teacher", model)
     was_training, features = backbone.training, []
     backbone.eval()
-    for batch in images.split(batch_size):
-        x = (batch.float() / 255 - backbone.pixel_mean) / backbone.pixel_std if batch.dtype == torch.uint8 else batch
-        class_tokens, tokens = backbone.forward(x)               # .forward: any batch size, without compiling for it
-        features.append((tokens if patches else class_tokens).float())
+    with torch.compiler.set_stance("force_eager"):               # any batch size, without compiling for it
+        for batch in images.split(batch_size):
+            x = (batch.float() / 255 - backbone.pixel_mean) / backbone.pixel_std if batch.dtype == torch.uint8 else batch
+            class_tokens, tokens = backbone(x)
+            features.append((tokens if patches else class_tokens).float())
     backbone.train(was_training)
     return torch.cat(features)
 
@@ -1533,8 +1569,8 @@ def random_states(device, states=None):
 
 def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoch=0, untold=()):
     """Writes all that a run needs to go on. epoch: those done; untold: the steps that `Report` has not yet told, Report.untold."""
-    states = {key: getattr(model, part).state_dict() for part, key in STATE_KEYS.items()}
-    states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=optimizer.state_dict(),
+    states = {key: whole(getattr(model, part).state_dict()) for part, key in STATE_KEYS.items()}
+    states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=whole(optimizer.state_dict()),
                   steps_per_epoch=steps_per_epoch, untold=list(untold), random_states=of_all(random_states(torch.device(model.config.DEVICE))))
     if rank() == 0:
         buffer = io.BytesIO()
@@ -1542,14 +1578,14 @@ def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoc
         write_safely(path, buffer.getbuffer())
 
 
-def read_checkpoint(path, device="cpu"):
-    """→ the checkpoint as a dict of tensors and plain values; nothing in the file is executed. Else InputError."""
+def read_checkpoint(path):
+    """→ the checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed. Else InputError."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()                          # torch does not compare the checksums that it writes
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        states = torch.load(path, map_location=device, weights_only=True)
+        states = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                   # torch raises many kinds for a missing, broken or unsafe file
         raise InputError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
     kinds = {"config": dict, "epoch": int, "step": int, "data": str, **dict.fromkeys(STATE_KEYS.values(), dict)}
@@ -1565,14 +1601,16 @@ def read_checkpoint(path, device="cpu"):
 
 def load_checkpoint(path, model, optimizer=None):
     """Puts a checkpoint into a model of the same sizes, and into its optimizer and the random generators with it → the dict."""
-    states = read_checkpoint(path, model.config.DEVICE)
+    states = read_checkpoint(path)
     for part, key in STATE_KEYS.items():
         fill(getattr(model, part), states[key], path)
     if optimizer is not None:
         if "untold" not in states:
             raise InputError(f"{path} is of an earlier version, from which a run cannot go on exactly; start afresh")
         try:
-            optimizer.load_state_dict(states["optimizer_state_dict"])
+            saved, parameters = states["optimizer_state_dict"], [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {i: {name: share_of(value, parameters[i]) for name, value in state.items()} for i, state in saved["state"].items()}
+            optimizer.load_state_dict({**saved, "state": moments})
             if rank() < len(states["random_states"]):
                 random_states(torch.device(model.config.DEVICE), states["random_states"][rank()])
             else:                                                # saved by fewer processes
@@ -1585,14 +1623,15 @@ def load_checkpoint(path, model, optimizer=None):
 def fill(module, state, path):
     """Puts a state dict from the checkpoint at path into a module. InputError where it does not fit."""
     try:
-        module.load_state_dict(state)
+        own = module.state_dict()
+        module.load_state_dict({name: share_of(value, own.get(name)) for name, value in state.items()})
     except Exception as error:                                   # RuntimeError for other sizes; others for what is no tensor
         raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
 
 
 def load_backbone(path, device="cpu"):
     """→ the teacher's VisionTransformer of a checkpoint, in eval mode on device, built from the checkpoint's own config."""
-    states = read_checkpoint(path, device)
+    states = read_checkpoint(path)
     backbone = build_backbone(Config(**{**states["config"], "DEVICE": str(device)}))
     fill(backbone, states["teacher_state_dict"], path)
     return backbone.to(device).eval()
@@ -1737,8 +1776,6 @@ def show(axes, image, title=""):
 
 
 def save_figure(figure, path):
-    if rank():
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:], dpi=120, bbox_inches="tight")
@@ -1814,7 +1851,7 @@ def draw_attention(backbone, images, path):
 def draw_pca(backbone, images, path):
     """Pictures above, below them their patch tokens: the three main directions of all together as red, green and blue."""
     images = images[:10]
-    _, patches = backbone.forward((images.float() / 255 - backbone.pixel_mean) / backbone.pixel_std)
+    _, patches = backbone((images.float() / 255 - backbone.pixel_mean) / backbone.pixel_std)
     flat = patches.float().cpu().flatten(0, 1)
     flat = flat - flat.mean(0)
     scores = F.pad(flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T, (0, 3))[:, :3]    # (pictures · N, 3)
@@ -1839,6 +1876,21 @@ def bfloat16_is_fast(device):
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+def require_room(config):
+    """Raises InputError where the least that a step must hold, of weights or of activations, is more than the device has."""
+    c, (width, depth, _) = config, config.MODEL_DIMS[config.MODEL_SIZE]
+    with torch.device("meta"):                                   # sizes without memory
+        weights = sum(p.numel() for p in DINOv2(c).parameters())
+    crops = c.GLOBAL_CROPS_NUMBER + c.LOCAL_CROPS_NUMBER
+    needs = {f"the networks' weights, gradients and moments; lower MODEL_SIZE ({c.MODEL_SIZE!r}) or PROJECTION_DIM ({c.PROJECTION_DIM})":
+             10 * weights / (world_size() if c.SHARD else 1),    # fp32; the student's four times, the teacher's once
+             f"a batch's activations; lower BATCH_SIZE ({c.BATCH_SIZE}), the number of crops or PROJECTION_DIM ({c.PROJECTION_DIM})":
+             20 * c.BATCH_SIZE * patches_per_picture(c) * width * depth + 8 * crops * c.BATCH_SIZE * c.PROJECTION_DIM}
+    for what, need in needs.items():
+        if need > memory_of(c.DEVICE):
+            raise InputError(f"at least {need / 2 ** 30:,.1f} GiB, more than the {memory_of(c.DEVICE) / 2 ** 30:.1f} there, are needed for {what}")
+
+
 def autocast(config):
     """→ the context in which networks run: bfloat16 for matrix products, or plain fp32 (PRECISION)."""
     bf16 = config.PRECISION == "bf16" or config.PRECISION == "auto" and bfloat16_is_fast(config.DEVICE)
@@ -1854,8 +1906,8 @@ def keep_freed_memory():
 
 
 def can_compile(config):
-    """True where torch.compile pays and works: COMPILE, CUDA, and Triton installed."""
-    if config.COMPILE and torch.device(config.DEVICE).type == "cuda":
+    """True where torch.compile pays and works: COMPILE without SHARD, CUDA, and Triton installed."""
+    if config.COMPILE and not config.SHARD and torch.device(config.DEVICE).type == "cuda":
         from torch.utils._triton import has_triton
         if has_triton():
             return True
@@ -1902,9 +1954,21 @@ def process_group(config):
     dist.destroy_process_group()
 
 
+def shard(model):
+    """Splits the weights over the processes, in place: each block's come together for the moment in which it works (FSDP2)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")                  # into which nobody writes
+    mesh = init_device_mesh(torch.device(model.config.DEVICE).type, (world_size(),))
+    for part in (*model.student_parts(), *model.teacher_parts()):
+        for module in (*getattr(part, "blocks", ()), part):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
 def distribute(model):
-    """→ what `train_step` takes: on several processes, the network wrapped so that they share their gradients' mean."""
-    if world_size() == 1:
+    """→ what `train_step` takes: on several processes, the network wrapped so that they share their gradients' mean, which
+    one with SHARD does by itself."""
+    if world_size() == 1 or model.config.SHARD:
         return model
     unused = not model.config.MASK_RATIO                         # without masks nothing asks the patch head
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
@@ -1947,6 +2011,8 @@ def make_model(config, mean, std):
     for backbone in (model.student, model.teacher):
         backbone.pixel_mean.copy_(torch.tensor(mean).view(3, 1, 1))
         backbone.pixel_std.copy_(torch.tensor(std).view(3, 1, 1))
+    if config.SHARD:
+        shard(model)                                             # first: the whole of it may have no room on a GPU
     model.to(config.DEVICE)
     if can_compile(config):
         compiled = 3 if world_size() == 1 else 1                 # of several processes not the heads, which talk to one another
@@ -1955,12 +2021,17 @@ def make_model(config, mean, std):
     return model
 
 
+def patches_per_picture(config):
+    """→ the number of patches in all crops of a picture."""
+    c = config
+    return c.GLOBAL_CROPS_NUMBER * (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2 + c.LOCAL_CROPS_NUMBER * (c.LOCAL_CROP_SIZE // c.PATCH_SIZE) ** 2
+
+
 def describe(config, model, pictures, steps):
     """→ the line before the first epoch: what is trained on what."""
-    c, side = config, config.GLOBAL_CROP_SIZE // config.PATCH_SIZE
-    tokens = c.GLOBAL_CROPS_NUMBER * side ** 2 + c.LOCAL_CROPS_NUMBER * (c.LOCAL_CROP_SIZE // c.PATCH_SIZE) ** 2
+    c = config
     million = [sum(p.numel() for p in part.parameters()) / 1e6 for part in model.student_parts()]
-    return (f"{c.MODEL_SIZE} ViT of {million[0]:.1f} M parameters, heads {million[1]:.1f} + {million[2]:.1f} M; {tokens} patches in "
+    return (f"{c.MODEL_SIZE} ViT of {million[0]:.1f} M parameters, heads {million[1]:.1f} + {million[2]:.1f} M; {patches_per_picture(c)} patches in "
             f"{c.GLOBAL_CROPS_NUMBER} + {c.LOCAL_CROPS_NUMBER} crops a picture; {len(pictures.train_images):,} pictures of {pictures.name}; "
             f"{steps:,} steps of {pictures_per_step(c):,}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
 
@@ -2042,10 +2113,18 @@ def train_dinov2(config=None, dataset=None):
             return train_in_folder(c, dataset)
         except OSError as error:                                 # a rename, say, in a folder that someone took away
             raise InputError(f"{error}; what was saved before is whole. Mend that, then go on with --resume") from error
+        except (RuntimeError, MemoryError) as error:             # torch has no kind of its own for a CPU's memory
+            if isinstance(error, RuntimeError) and not re.search("out of memory|enough memory|allocate memory", str(error)):
+                raise
+            raise InputError(f"out of memory ({' '.join(str(error).split())[:200]}); lower BATCH_SIZE ({c.BATCH_SIZE}) and raise ACCUMULATE "
+                             f"({c.ACCUMULATE}), or lower MODEL_SIZE ({c.MODEL_SIZE!r}) or PROJECTION_DIM ({c.PROJECTION_DIM})") from error
 
 
 def train_in_folder(c, dataset):
     # Settings, pictures, network
+    if c.SHARD and world_size() == 1:
+        raise InputError("SHARD (True) needs several processes; start with torchrun --nproc-per-node 2, or more, or leave it out")
+    require_room(c)
     checkpoint = of_all(None if rank() else find_checkpoint(c))[0]
     if rank():
         of_all("ready")                                          # with what process 0 perhaps had to download
@@ -2100,7 +2179,7 @@ def train_in_folder(c, dataset):
             saved = time.perf_counter()
             leave_if(largest(asked[0] if asked else 0), report)
     finish(model, pictures, transform, report, baseline)
-    return model
+    return model.eval()
 
 
 @contextmanager
@@ -2155,16 +2234,18 @@ def leave_if(wanted, report):
 
 def finish(model, pictures, transform, report, baseline):
     """The closing table, the final record and the four pictures."""
+    if rank():
+        return
     c, folder = model.config, Path(model.config.OUTPUT_DIR, "figures")
     scores = next((r for r in reversed(report.history) if r["event"] == "epoch"), {})
     seconds = time.perf_counter() - report.started
     images = pictures.train_images if pictures.test_images is None else pictures.test_images
     images = images[torch.linspace(0, len(images) - 1, 10).long()]                                # files are often sorted by class
-    model.eval()
+    teacher = load_backbone(Path(c.OUTPUT_DIR, "dinov2_final.pth"), c.DEVICE)                     # whole, also with SHARD
     draw_views(c, transform, images, folder / "views.png")
     draw_curves(c, report.history, folder / "curves.png")
-    draw_attention(model.teacher, images, folder / "attention.png")
-    draw_pca(model.teacher, images, folder / "pca.png")
+    draw_attention(teacher, images, folder / "attention.png")
+    draw_pca(teacher, images, folder / "pca.png")
     report.record("final", data=pictures.name, seconds=seconds, **{k: scores[k] for k in ("knn", "linear", "iou", "rank") if k in scores})
     if "knn" in scores:
         rows = {"raw pixels": {"knn": baseline.get("raw_pixels_knn")}, "untrained network": baseline, "trained teacher": scores}
@@ -2178,12 +2259,11 @@ def finish(model, pictures, transform, report, baseline):
 
 def main(argv=None):
     """The command line: exit code 0, or 2 and one line where the input cannot work."""
-    config = parse_arguments(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")            # not every screen can show every file's name
     try:
-        train_dinov2(config)
+        train_dinov2(parse_arguments(argv))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

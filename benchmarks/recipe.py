@@ -179,12 +179,17 @@ def evaluation_interval(epochs):
     return max(1, round(epochs / 5))
 
 
+def pictures_per_step(config):
+    """→ pictures of a step of one process; config: as metrics.jsonl has it."""
+    return config["BATCH_SIZE"] * config["ACCUMULATE"]
+
+
 def training_clock(records, starts):
     """records of metrics.jsonl → {step: seconds of training up to it}, without evaluations, first steps and interruptions.
 
     starts: the steps at which the run was started: 0, and those of the checkpoints that it went on from.
     """
-    batch = next(r for r in records if r["event"] == "start")["config"]["BATCH_SIZE"]
+    batch = pictures_per_step(next(r for r in records if r["event"] == "start")["config"])
     evaluated = {r["step"] for r in records if r["event"] == "epoch" and "knn" in r}
     steps, windows, before, before_now = [r for r in records if r["event"] == "step"], [], 0, 0.0
     for record in steps:
@@ -209,7 +214,7 @@ def read_run(folder, starts, epochs):
     last, clock, config = scored[-1], training_clock(records, starts), config["config"]
     return {**{key: last[key] for key in ("knn", "linear", "rank", "iou") if key in last},
             "entropy": last["teacher_entropy"] / math.log(config["PROJECTION_DIM"]),
-            "steps": last["step"], "seconds": clock[last["step"]], "pictures_per_second": last["step"] * config["BATCH_SIZE"] / clock[last["step"]],
+            "steps": last["step"], "seconds": clock[last["step"]], "pictures_per_second": last["step"] * pictures_per_step(config) / clock[last["step"]],
             "curve": [[0.0, baseline["knn"]], *([clock[r["step"]] / 60, r["knn"]] for r in scored)],
             "baseline": {key: value for key, value in baseline.items() if key != "event"}}
 
@@ -476,7 +481,7 @@ def choose_epochs(row, run, runs, setup):
             return other["epochs"]
     settings = setup.settings(row)
     speed = call_worker("speed", setup.folder(run), settings=settings)["seconds_a_step"]
-    return epochs_for(60 * setup.minutes, speed, setup.data["train"] // dinov2.Config(**settings).BATCH_SIZE)
+    return epochs_for(60 * setup.minutes, speed, setup.data["train"] // dinov2.pictures_per_step(dinov2.Config(**settings)))
 
 
 def run_lightly(row, run, runs, setup, keep):

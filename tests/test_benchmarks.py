@@ -51,3 +51,13 @@ def test_a_step_is_taken_apart_into_its_stages(job, monkeypatch):
 def test_a_spread_is_shown_as_its_median_between_its_ends():
     assert throughput.shown(throughput.spread([3.0, 1.0, 2.0])) == "2.00 (1.00..3.00)"
     assert [throughput.shown(value) for value in (12345.6, 0.012345, 0.0, "ours")] == ["12,346", "0.0123", "0.0", "ours"]
+
+
+def test_a_long_run_is_steady_where_neither_memory_nor_open_files_grow():
+    import steady
+    calm = [(500.0 + 900 * (i < 10) + i % 3, 4) for i in range(100)]                              # the warm-up may take what it likes
+    assert steady.summary(calm, 10) == {"peak_mib": [1402.0] + 9 * [502.0], "median_mib": [1401.0] + 9 * [501.0], "open_files": 10 * [4],
+                                        "spread_after_first": {"peak": 0.0, "median": 0.0}, "flat": True}
+    assert not steady.summary([(500.0 + 0.2 * i, 4) for i in range(100)], 10)["flat"]             # 3.6 % between the second and the last
+    assert steady.summary([(500.0 + 0.05 * i, 4) for i in range(100)], 10)["flat"]
+    assert not steady.summary([(500.0, 4 + i // 50) for i in range(100)], 10)["flat"]

@@ -57,6 +57,14 @@ def test_features_do_not_depend_on_the_batch_size(model, images, batch_size):
     close(extract_features(model, images, batch_size), extract_features(model, images))
 
 
+def test_features_are_computed_without_compiling_for_every_size_of_a_batch(model, images):
+    compiled, before = [], extract_features(model, images)
+    model.teacher.compile(backend=lambda graph, inputs: compiled.append(1) or graph.forward)
+    assert torch.equal(extract_features(model, images, 4), before) and not compiled
+    model.teacher(torch.randn(2, 3, 32, 32))                     # here it does
+    assert compiled
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_features_are_taken_in_eval_mode_and_the_mode_is_restored(model, images, training):
     backbone = model.student.train(training)

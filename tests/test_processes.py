@@ -32,13 +32,26 @@ def network(batch_size, **changes):
 
 def measure(model, views, mask, wrap=lambda model: model):
     """→ losses and diagnostics, targets, and gradients by name, of one backward pass."""
+    wrapped = wrap(model)                                        # must outlive the backward pass
     positions = dinov2_cifar.masked_positions(mask, int(mask.sum()))
     targets = model.teacher_targets(views, positions, 0.05)
-    wrapped = wrap(model)                                        # must outlive the backward pass
     values = wrapped(views, mask, 0.05)
     values["loss"].backward()
     return ({name: value.item() for name, value in values.items()}, targets,
-            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+            {name: full(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None})
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def wrap(model):
+    """As a run does it: sharded where SHARD says so, else with DDP; sharded means that each has about half."""
+    if model.config.SHARD:
+        before = sum(p.numel() for p in model.parameters())
+        dinov2_cifar.shard(model)
+        assert 0.4 * before < sum(p.numel() for p in dinov2_cifar.local_tensors(model)) < 0.6 * before
+    return dinov2_cifar.distribute(model)
 
 
 def work_on_a_share(rank, folder, views, mask, changes):
@@ -47,16 +60,17 @@ def work_on_a_share(rank, folder, views, mask, changes):
     torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
     model = network(len(views[0]) // 2, **changes)
     share = mask.unflatten(0, (model.config.GLOBAL_CROPS_NUMBER, -1)).chunk(2, 1)[rank].flatten(0, 1)
-    torch.save(measure(model, [view.chunk(2)[rank] for view in views], share, dinov2_cifar.distribute), folder / f"{rank}.pt")
+    torch.save(measure(model, [view.chunk(2)[rank] for view in views], share, wrap), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("changes", [{}, {"KOLEO_KIND": "cosine", "HEAD_BATCH_NORM": False}, {"MASK_RATIO": 0.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"KOLEO_KIND": "cosine", "HEAD_BATCH_NORM": False}, {"MASK_RATIO": 0.0}, {"SHARD": True},
+                                     {"SHARD": True, "REGISTER_TOKENS": 2, "MASK_RATIO": 0.0}], ids=str)
 def test_two_processes_are_one_with_the_whole_batch(changes, tmp_path):
     config = Config(**{**SMALL, "BATCH_SIZE": 16, **changes})
     views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
     mask = draw_masks(config, "cpu")
-    values, targets, gradients = measure(network(16, **changes), views, mask)
+    values, targets, gradients = measure(network(16, **{**changes, "SHARD": False}), views, mask)
     torch.multiprocessing.spawn(work_on_a_share, (tmp_path, views, mask, changes), nprocs=2)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for name, value in values.items():
@@ -98,10 +112,11 @@ def wait_for(path, process):
         time.sleep(0.05)
 
 
-def test_a_run_goes_on_with_two_processes_and_with_one_again(pictures, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_goes_on_with_two_processes_and_with_one_again(shard, pictures, tmp_path):
     out, said = tmp_path / "out", []
     for epochs, processes in ((1, 1), (2, 2), (3, 1)):
-        process = start(processes, out, pictures, TOTAL_EPOCHS=epochs, **{"RESUME": "newest"} if epochs > 1 else {})
+        process = start(processes, out, pictures, TOTAL_EPOCHS=epochs, SHARD=shard and processes > 1, **{"RESUME": "newest"} if epochs > 1 else {})
         said.append(process.communicate(timeout=300)[0])
         assert process.returncode == 0, said[-1]
     assert said[1].count("an epoch has 4 steps now, not 8: going on at the beginning of epoch 2") == 1, said[1]

@@ -74,7 +74,7 @@ def test_a_curve_has_about_five_points():
 
 def metrics(starts=((0, 16),), every=2, per_epoch=4, batch=10, step=1.0, first=50.0, evaluation=100.0):
     """→ the records of a run as train_dinov2 writes them: seconds a step, of the first one and of an evaluation after every epoch."""
-    records = [{"event": "start", "config": {"BATCH_SIZE": batch, "PROJECTION_DIM": 8}},
+    records = [{"event": "start", "config": {"BATCH_SIZE": batch // 2, "ACCUMULATE": 2, "PROJECTION_DIM": 8}},
                {"event": "baseline", "knn": 0.1, "rank": 5.0, "raw_pixels_knn": 0.25, "linear": 0.2}]
     for begin, end in starts:
         now = 0.0

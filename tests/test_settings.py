@@ -96,6 +96,7 @@ BAD = [  # the settings, and the words that the message must hold: the name and 
     (dict(MODEL_SIZE="small", MODEL_DIMS={"small": (10, 2, 3)}), "MODEL_DIMS small 10 3"),
     (dict(MODEL_SIZE="small", MODEL_DIMS={"small": (10, 2)}), "MODEL_DIMS small (10, 2)"),
     (dict(MODEL_SIZE="small", MODEL_DIMS={"small": (8.0, 2, 2)}), "MODEL_DIMS small 8.0"),
+    (dict(MODEL_SIZE="small", MODEL_DIMS={"small": (8, 10 ** 9, 2)}), "MODEL_DIMS small 1000000000 depth 1,000"),
     (dict(MODEL_DIMS=[384, 6, 6]), "MODEL_DIMS [384, 6, 6]"),
     (dict(KOLEO_KIND="far"), "KOLEO_KIND far nearest cosine"),
     (dict(MASK_KIND=""), "MASK_KIND '' block random"),
@@ -212,6 +213,8 @@ MISTAKES = [
     ("--global-crops-scale .4", "--global-crops-scale"), ("--global-crops-scale 1 .4", "GLOBAL_CROPS_SCALE"),
     ("--model-dims {small", "--model-dims"), ("--model-dims [1]", "MODEL_DIMS"), ("--learning-rate nan", "LEARNING_RATE"),
     ("--patch-size 5", "PATCH_SIZE"), ("--dataset no/such/place", "no/such/place"),
+    ("--shard", "SHARD (True) needs several processes"), ("--head-hidden-dim 1048576 --head-bottleneck-dim 1048576", "weights"),
+    ("--dataset shapes --batch-size 1048576", "activations; lower BATCH_SIZE (1048576)"), ("--model-dims " + "[" * 10 ** 5, "JSON"),
     ("--resume no/such.pth --dataset shapes --image-size 8 --patch-size 8 --batch-size 8 --model-size tiny", "no/such.pth"),
 ]
 
@@ -228,6 +231,24 @@ def exits_with_one_line(capsys, call):
 def test_a_mistake_on_the_command_line_exits_with_2_and_one_line(line, word, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(dinov2_cifar, "load_shapes", lambda size: Pictures(make_shapes(64, size)[0]))
     assert word in exits_with_one_line(capsys, lambda: main([*line.split(), "--output-dir", str(tmp_path / "out")]))
+
+
+@pytest.mark.parametrize("error, remedy", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has"), "BATCH_SIZE (8)"), (MemoryError(), "BATCH_SIZE (8)"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "BATCH_SIZE (8)"),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), None)], ids=lambda e: type(e).__name__)
+def test_memory_that_runs_out_in_a_run_is_said_in_one_line_and_other_errors_are_let_through(error, remedy, capsys, tmp_path, monkeypatch):
+    def step(*args):
+        raise error
+
+    monkeypatch.setattr(dinov2_cifar, "load_shapes", lambda size: Pictures(make_shapes(64, size)[0]))
+    monkeypatch.setattr(dinov2_cifar, "train_step", step)
+    line = [word for name, value in SMALL.items() if name in ("BATCH_SIZE", "DATASET", "MODEL_SIZE") for word in (flag_of(name), str(value))]
+    with pytest.raises(SystemExit if remedy else RuntimeError) as caught:
+        main([*line, "--output-dir", str(tmp_path)])
+    if remedy:
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and last.startswith("error: out of memory") and remedy in last
 
 
 def test_a_bad_constant_in_the_file_exits_with_2_and_one_line_too(monkeypatch, capsys):
@@ -253,7 +274,7 @@ WEIGHTS = dict(                                                  # constant: in 
     EMA_END=(1.0, 0.99), FREEZE_PROTOTYPES=(0.0, 0.5), CLIP_GRAD=(3.0, 0.01), TOTAL_EPOCHS=(2, 1), TRAIN_IMAGES=(0, 16),
     SEED=(0, 1), PRECISION=("fp32", "bf16"))
 WRITTEN = dict(EVAL_EVERY=(1, 2), SAVE_EVERY=(0, 1))             # they change files and leave the weights
-OWN_TEST = ["DATASET", "DATA_PATH", "OUTPUT_DIR", "DEVICE", "COMPILE", "RESUME", "SAVE_EVERY_MINUTES"]
+OWN_TEST = ["DATASET", "DATA_PATH", "OUTPUT_DIR", "DEVICE", "COMPILE", "SHARD", "RESUME", "SAVE_EVERY_MINUTES"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -356,6 +377,8 @@ def test_compile_follows_the_constant_the_device_and_triton(compile, device, tri
     monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: triton)
     assert can_compile(config) is expected
     assert ("COMPILE" in capsys.readouterr().out) == (not triton)
+    config.SHARD = True                                          # FSDP2 moves the weights about, and is not compiled
+    assert can_compile(config) is False
 
 
 @pytest.mark.parametrize("pays", [True, False])
