@@ -1481,20 +1481,20 @@ def evaluate(model, pictures, linear=False):
     return result
 
 
-def collapse_signs(scores, means, baseline, prototypes, rows):
+def collapse_signs(scores, means, baseline, config):
     """Plain sentences on how it shows that a run has collapsed, [] where it has not.
 
-    scores, baseline: what `evaluate` gives, now and for the untrained network; means: of `target_diagnostics` and of the
-    momentum over the last epoch; prototypes: K; rows: class tokens a batch, which bound what the mean target can spread to.
+    scores, baseline: what `evaluate` gives, now and for the untrained network; means: of `target_diagnostics` over the last epoch.
     """
-    most, signs = math.log(prototypes), []
+    most, signs = math.log(config.PROJECTION_DIM), []
+    rows = config.GLOBAL_CROPS_NUMBER * config.BATCH_SIZE * world_size()                          # bound what the mean target can spread to
     if means["mean_entropy"] < 0.5 * min(most, math.log(rows)):
         signs.append(f"all pictures get much the same target (entropy of the mean target {means['mean_entropy']:.2f}, at most {most:.2f})")
     if means["teacher_entropy"] > 0.99 * most:
         signs.append(f"the targets say nothing (entropy of a target {means['teacher_entropy']:.2f} of ln K = {most:.2f})")
     if scores["rank"] < 0.5 * baseline["rank"]:
         signs.append(f"the features lie in few directions (their rank fell from {baseline['rank']:.1f} to {scores['rank']:.1f})")
-    if means["momentum"] == 1:
+    if config.EMA_START == config.EMA_END == 1:
         signs.append("the teacher never moves (its momentum, EMA_START, is 1), so its features are those of the untrained network")
     return signs
 
@@ -1763,8 +1763,7 @@ class Report:
                  + (f"  k-NN {scores['knn']:6.1%}  rank {scores['rank']:6.1f}" if scores else ""))
         baseline = next((r for r in self.history if r["event"] == "baseline" and "rank" in r), None)
         if scores and baseline:
-            c = self.config
-            for sign in collapse_signs(scores, means, baseline, c.PROJECTION_DIM, c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE * world_size()):
+            for sign in collapse_signs(scores, means, baseline, self.config):
                 self.say(f"COLLAPSED: {sign}.")
 
 

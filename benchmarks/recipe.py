@@ -193,9 +193,9 @@ def training_clock(records, starts):
     evaluated = {r["step"] for r in records if r["event"] == "epoch" and "knn" in r}
     steps, windows, before, before_now = [r for r in records if r["event"] == "step"], [], 0, 0.0
     for record in steps:
-        done = record["step"] - max(start for start in starts if start < record["step"])
-        now = batch * (done - 1) / record["pictures_per_second"]  # since the end of the first step, evaluations included
-        windows.append((record["step"], record["step"] - before, now - before_now, done > 1 and before not in evaluated))
+        start = max(start for start in starts if start < record["step"])
+        now = batch * (record["step"] - start - 1) / record["pictures_per_second"]                # since the end of its first step, evaluations included
+        windows.append((record["step"], record["step"] - before, now - before_now, start < before and before not in evaluated))
         before, before_now = record["step"], now
     usual = median([seconds / count for _, count, seconds, clean in windows if clean] or [batch / steps[-1]["pictures_per_second"]])
     clock = {0: 0.0}
@@ -486,9 +486,9 @@ def choose_epochs(row, run, runs, setup):
 
 def run_lightly(row, run, runs, setup, keep):
     """The same for lightly's parts, whose command is this program's."""
-    shared = {name: value for name, value in setup.base.items() if name not in ("DATASET", "DEVICE")}
+    shared = {"TRAIN_IMAGES": 0, **{name: value for name, value in setup.base.items() if name not in ("DATASET", "DEVICE")}}
     command = shlex.join(["python", "benchmarks/recipe.py", "--data", setup.base["DATASET"], "--device", setup.base["DEVICE"], "--minutes",
-                          f"{setup.minutes:g}", "--seeds", str(run["seed"]), "--rows", row.name, "--base", *flags(shared)])
+                          f"{setup.minutes:g}", "--seeds", str(run["seed"]), "--rows", row.name, "--output", f"{setup.work}.json", "--base", *flags(shared)])
     finish(run, keep, command, call_worker("lightly", setup.folder(run), settings={**setup.settings(row), "SEED": run["seed"]},
                                            seconds=60 * setup.minutes))
 
@@ -667,6 +667,12 @@ def benchmark(arguments):
     setup.work.mkdir(parents=True, exist_ok=True)
     (setup.work / ".gitignore").write_text("*\n")
     runs = json.loads(arguments.output.read_text())["runs"] if arguments.output.exists() else {}
+    now = [identity(row, setup) for row in shown]
+    if any("knn" in run and run["identity"] not in now for run in runs.values()):                 # they cost hours
+        for path in (arguments.output.with_suffix(ending) for ending in (".json", ".md", ".png")):
+            if path.exists():
+                shutil.copy(path, path.with_stem(path.stem + time.strftime("-until-%Y%m%d-%H%M%S")))
+        print("finished runs of other settings or code are kept in", f"{arguments.output.stem}-until-….json")
     run_all(rows, arguments.seeds, runs, setup, lambda: save_results(shown, runs, setup, arguments.output))
     save_results(shown, runs, setup, arguments.output)
     print(f"\n{arguments.output.with_suffix('.md').read_text()}\n{arguments.output}")

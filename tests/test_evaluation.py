@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2_cifar import (DINOv2, Pictures, VisionTransformer, collapse_signs, dense_probe, evaluate, extract_features, knn_accuracy,
+from dinov2_cifar import (Config, DINOv2, Pictures, VisionTransformer, collapse_signs, dense_probe, evaluate, extract_features, knn_accuracy,
                           linear_probe, make_shapes, rank_me, raw_pixel_accuracy)
 
 
@@ -292,17 +292,17 @@ def test_patch_features_are_the_networks_patch_tokens(small):
     torch.testing.assert_close(extract_features(model, images, 4), model.teacher(x)[0])
 
 
-HEALTHY = dict(scores={"rank": 100.0}, means={"mean_entropy": 4.0, "teacher_entropy": 3.0, "momentum": 0.99}, baseline={"rank": 60.0},
-               prototypes=128, rows=256)
+HEALTHY = dict(scores={"rank": 100.0}, means={"mean_entropy": 4.0, "teacher_entropy": 3.0}, baseline={"rank": 60.0},
+               config=dict(PROJECTION_DIM=128, BATCH_SIZE=128, EMA_START=0.9, EMA_END=1.0))
 
 
 @pytest.mark.parametrize("change, word", [
     ({}, None), ({"means": {"mean_entropy": 0.1}}, "same target"), ({"means": {"teacher_entropy": 4.85}}, "say nothing"),
-    ({"scores": {"rank": 20.0}}, "from 60.0 to 20.0"), ({"means": {"momentum": 1.0}}, "never moves"),
-    ({"prototypes": 65536, "rows": 64}, None)])                 # 64 rows cannot spread over 65,536 prototypes
+    ({"scores": {"rank": 20.0}}, "from 60.0 to 20.0"), ({"config": {"EMA_START": 1.0}}, "never moves"),
+    ({"config": {"PROJECTION_DIM": 65536, "BATCH_SIZE": 32}}, None)])  # 64 rows cannot spread over 65,536 prototypes
 def test_each_sign_of_a_collapse_is_told_and_a_healthy_run_has_none(change, word):
-    given = {k: {**v, **change[k]} if isinstance(v, dict) and k in change else change.get(k, v) for k, v in HEALTHY.items()}
-    signs = collapse_signs(**given)
+    given = {name: {**values, **change.get(name, {})} for name, values in HEALTHY.items()}
+    signs = collapse_signs(**{**given, "config": Config(**given["config"])})
     assert len(signs) == (word is not None) and all(word in sign for sign in signs)
 
 

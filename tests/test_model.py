@@ -214,7 +214,7 @@ def test_asked_for_positions_it_gives_what_the_whole_has_there_with_the_same_gra
     for ours, wanted in zip(*gradients):
         assert (ours is None) == (wanted is None)
         assert ours is None or torch.allclose(ours, wanted, rtol=1e-4, atol=1e-4)
-    assert net(x, None, positions[:0])[1].shape == (0, 32)
+    assert net(x, None, positions[:0])[1].shape == (0, 32) and net.registers.requires_grad == (registers > 0)
 
 
 def test_the_blocks_run_in_bfloat16_under_autocast_and_the_last_norm_in_fp32(device):

@@ -15,9 +15,11 @@ from conftest import ROOT, SMALL
 from recipe import flags
 
 import dinov2_cifar
-from dinov2_cifar import Config, DINOv2, draw_masks, make_shapes, read_checkpoint, read_metrics
+from dinov2_cifar import (Config, DINOv2, draw_masks, load_checkpoint, make_optimizer, make_shapes, read_checkpoint, read_metrics,
+                          save_checkpoint, train_step)
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
+in_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 
 
 def network(batch_size, **changes):
@@ -86,6 +88,73 @@ def test_two_processes_are_one_with_the_whole_batch(changes, tmp_path):
             assert torch.allclose(part[2][name], gradient, atol=1e-5), name
 
 
+def three_steps(model, views, mask, folder):
+    """Two steps, a checkpoint, and a third step of another network and optimizer that were loaded from it → gradient norms."""
+    norms, settings = [], {"lr": 1e-2, "prototype_lr": 1e-2, "weight_decay": 0.04, "momentum": 0.5, "teacher_temp": 0.05}
+    for steps in (2, 1):
+        trained, optimizer = wrap(model), make_optimizer(model)
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-3                                  # Adam makes full steps of gradients that are 0 but for rounding
+        if steps == 1:
+            load_checkpoint(folder / "2.pth", model, optimizer)
+        norms += [train_step(trained, optimizer, [(views, mask)], settings)["grad_norm"].item() for _ in range(steps)]
+        save_checkpoint(folder / f"{steps}.pth", model, optimizer, epoch=1, step=len(norms))
+        last, model = model, DINOv2(model.config)
+        del trained, last
+    return norms
+
+
+def step_on_a_share(rank, folder, views, mask, changes):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    torch.manual_seed(0)
+    dinov2_cifar.seed_apart(0)
+    drawn = torch.rand(3)
+    share = mask.unflatten(0, (2, -1)).chunk(2, 1)[rank].flatten(0, 1)
+    norms = three_steps(network(len(views[0]) // 2, **changes), [view.chunk(2)[rank] for view in views], share, folder)
+    torch.save((norms, drawn), folder / f"norms{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_steps_and_checkpoints_of_two_processes_are_those_of_one(shard, tmp_path):
+    changes = {"BATCH_SIZE": 16, "CLIP_GRAD": 0.5}
+    views, mask = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)], draw_masks(Config(**{**SMALL, **changes}), "cpu")
+    (tmp_path / "one").mkdir()
+    norms = three_steps(network(16, CLIP_GRAD=0.5), views, mask, tmp_path / "one")
+    assert min(norms) > 0.5                                      # clipped
+    torch.multiprocessing.spawn(step_on_a_share, (tmp_path, views, mask, {"CLIP_GRAD": 0.5, "SHARD": shard}), nprocs=2)
+    (first, drawn), (second, other) = (torch.load(tmp_path / f"norms{rank}.pt") for rank in (0, 1))
+    assert first == pytest.approx(norms, rel=1e-4) == second and not torch.equal(drawn, other)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(3))
+    for name in ("2.pth", "1.pth"):
+        one, two = read_checkpoint(tmp_path / "one" / name), read_checkpoint(tmp_path / name)
+        for key in dinov2_cifar.STATE_KEYS.values():
+            for part, value in one[key].items():
+                assert torch.allclose(two[key][part], value, atol=1e-5), (name, key, part)
+        moments, others = (states["optimizer_state_dict"]["state"] for states in (one, two))
+        assert moments.keys() == others.keys()
+        for i in moments:
+            assert all(torch.allclose(others[i][kind], moments[i][kind], atol=1e-5) for kind in ("step", "exp_avg", "exp_avg_sq")), (name, i)
+
+
+def test_the_processes_share_out_the_same_order(monkeypatch):
+    config = Config(**{**SMALL, "ACCUMULATE": 2})
+    monkeypatch.setattr(dinov2_cifar, "world_size", lambda: 2)
+    each = []
+    for number in (0, 1):
+        monkeypatch.setattr(dinov2_cifar, "rank", lambda: number)
+        each.append(dinov2_cifar.epoch_batches(70, config, 3))
+    assert [len(steps) for steps in each] == [2, 2]
+    for steps in zip(*each):
+        pictures = torch.cat([batch for step in steps for batch in step])
+        assert len(pictures) == 32 and len(pictures.unique()) == 32
+    monkeypatch.undo()
+    assert {int(i) for steps in each for step in steps for batch in step for i in batch} == {
+        int(i) for step in dinov2_cifar.epoch_batches(70, config, 3) for batch in step for i in batch}
+
+
 # Whole runs, started as users start them
 
 @pytest.fixture
@@ -123,28 +192,37 @@ def test_a_run_goes_on_with_two_processes_and_with_one_again(shard, pictures, tm
     assert "8 steps of 16" in said[1] and "an epoch has 8 steps now, not 4" in said[2]
     rows = read_metrics(out / "metrics.jsonl")
     assert [(row["epoch"], row["step"]) for row in rows if row["event"] == "epoch"] == [(1, 8), (2, 16), (3, 24)]
-    assert [row["event"] for row in rows].count("final") == 1 and len(read_checkpoint(out / "dinov2_previous.pth")["random_states"]) == 2
+    states = read_checkpoint(out / "dinov2_previous.pth")["random_states"]                        # of the two
+    assert [row["event"] for row in rows].count("final") == 1 and len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
-def test_a_request_to_stop_ends_all_processes_at_one_step(pictures, tmp_path):
+def worker(process, rank):
+    """→ the number of the process that torchrun started as this rank."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+
+
+@pytest.mark.parametrize("only", [None, *[pytest.param(rank, marks=in_proc) for rank in (0, 1)]])
+def test_a_request_to_stop_ends_all_processes_at_one_step(only, pictures, tmp_path):
     process = start(2, tmp_path, pictures, TOTAL_EPOCHS=1000, EVAL_EVERY=0, SAVE_EVERY_MINUTES=1e-9)
     wait_for(tmp_path / "dinov2_previous.pth", process)
-    process.send_signal(signal.SIGTERM)
+    if only is None:
+        process.send_signal(signal.SIGTERM)                      # torchrun hands it on to both, not quite at once
+    else:
+        os.kill(worker(process, only), signal.SIGTERM)
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and said.count("stopped and saved at step") == 1, said
     step = int(said.split("stopped and saved at step ")[1].split(" of ")[0].replace(",", ""))
     assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == step
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+@in_proc
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_run_with_a_message(lost, pictures, tmp_path):
     process = start(2, tmp_path, pictures, TOTAL_EPOCHS=1000, EVAL_EVERY=0, SAVE_EVERY_MINUTES=1e-9)
     wait_for(tmp_path / "dinov2_previous.pth", process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    of_rank = {dict(line.split("=", 1) for line in Path(f"/proc/{child}/environ").read_text().split("\0") if "=" in line).get("RANK"): int(child)
-               for child in children}
-    os.kill(of_rank[str(lost)], signal.SIGKILL)
+    os.kill(worker(process, lost), signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and f"error: process {1 - lost} of 2 failed, or lost another one" in said, said
     assert json.dumps(read_checkpoint(tmp_path / "dinov2_last.pth")["step"])                      # whole

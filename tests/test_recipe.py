@@ -81,7 +81,7 @@ def metrics(starts=((0, 16),), every=2, per_epoch=4, batch=10, step=1.0, first=5
         for i in range(begin + 1, end + 1):
             done = i - begin
             now += step if done > 1 else 0.0
-            if i % every == 0 or i % per_epoch == 0 or done in (1, 6):
+            if i % every == 0 or i % per_epoch == 0 or i in (1, 6):
                 records.append({"event": "step", "step": i, "pictures_per_second": batch * (done - 1) / now if done > 1 else batch / first})
             if i % per_epoch == 0:
                 records.append({"event": "epoch", "epoch": i // per_epoch, "step": i, "teacher_entropy": 1.0, "knn": 0.01 * i, "rank": 6.0,
@@ -95,9 +95,11 @@ def test_training_time_leaves_out_evaluations_and_the_first_step_which_compiles(
     assert {step: pytest.approx(step) for step in clock} == clock and max(clock) == 16
 
 
-def test_training_time_goes_on_after_an_interruption():
-    clock = recipe.training_clock(metrics(starts=((0, 8), (8, 16))), [0, 8])
-    assert clock[8] == pytest.approx(8) and clock[16] == pytest.approx(16)
+@pytest.mark.parametrize("starts", [[0, 8], [0, 5], [0, 3, 10], [0, 6, 7, 15]], ids=str)
+def test_training_time_goes_on_after_an_interruption(starts):
+    """At an epoch's end and within one, at a record and between two."""
+    clock = recipe.training_clock(metrics(starts=zip(starts, [*starts[1:], 16])), starts)
+    assert {step: pytest.approx(step) for step in clock} == clock and max(clock) == 16
 
 
 def test_a_finished_run_is_read_and_an_unfinished_one_is_not(tmp_path):
@@ -141,10 +143,13 @@ def test_a_finished_run_is_kept_and_a_changed_one_is_done_again(bench, tmp_path)
     run("--seeds", "0", "1")
     assert not calls
     run("--seeds", "0", "1", "2")
+    kept = Path(tmp_path, "recipe.json").read_text()
+    assert not list(tmp_path.glob("*-until-*"))
     assert {name for name, _ in calls} == {"default-seed2", "koleo-0-seed2"}
     calls.clear()
     run("--seeds", "0", "--base", "--model-size", "tiny")
     assert {name for name, _ in calls} == {"default-seed0", "koleo-0-seed0"}
+    assert [path.read_text() for path in tmp_path.glob("recipe-until-*.json")] == [kept]          # they cost hours
     calls.clear()
     run("--seeds", "0", data="other.npz")
     assert {name for name, _ in calls} == {"default-seed0", "koleo-0-seed0"}
