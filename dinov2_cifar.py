@@ -61,9 +61,19 @@ class InputError(ValueError):
     """Something that the user gave cannot work; the message says what, with its value and the remedy."""
 
 
+def plain(text):
+    """→ the text in one line, without characters that would steer a terminal: files may come from strangers."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in str(text)).split())
+
+
+def brief(error):
+    """→ what an exception says, in 200 characters at most."""
+    return plain(error)[:200] or type(error).__name__
+
+
 def fail(message):
     """Ends the program with exit code 2 and one line."""
-    print("error:", *str(message).split(), file=sys.stderr)
+    print("error:", plain(message), file=sys.stderr)
     sys.exit(2)
 
 
@@ -224,8 +234,9 @@ RANGES = (  # names, least, most
     ("TEACHER_TEMP_WARMUP WARMUP FREEZE_PROTOTYPES EMA_START EMA_END COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO", 0, 1),
 )
 
-QUICK = dict(MODEL_SIZE="tiny", DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LAMBDA_KOLEO=1.0, LEARNING_RATE=4e-3, TOTAL_EPOCHS=18,
-             LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.7, 1.0), LOCAL_CROPS_SCALE=(0.4, 0.7), EVAL_EVERY=6,
+QUICK = dict(MODEL_SIZE="tiny", MODEL_DIMS={**Config.MODEL_DIMS, "tiny": (192, 2, 3)},  # two blocks: fast steps are worth more in three minutes
+             DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LEARNING_RATE=4e-3, TOTAL_EPOCHS=52, EVAL_EVERY=13,
+             LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.85, 1.0), LOCAL_CROPS_SCALE=(0.5, 0.8),
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
 
@@ -445,8 +456,9 @@ def as_uint8(picture, size=None):
         raise InputError(f"a picture must be a PIL image or a uint8 tensor of shape (3,H,W) or (N,3,H,W), not "
                          f"{getattr(picture, 'dtype', type(picture).__name__)} {tuple(getattr(picture, 'shape', ()))}")
     if size and picture.shape[-2:] != (size, size):
-        parts = picture.split(1024) if picture.ndim == 4 else [picture]                           # resizing works in floats
-        parts = [TF.center_crop(TF.resize(part, size, TF.InterpolationMode.BICUBIC, antialias=True), size) for part in parts]
+        side = min(picture.shape[-2:])
+        parts = picture.split(max(1, 2 ** 24 // max(side, size) ** 2)) if picture.ndim == 4 else [picture]  # resizing works in floats
+        parts = [TF.resize(TF.center_crop(part, side), [size, size], TF.InterpolationMode.BICUBIC, antialias=True) for part in parts]
         picture = torch.cat(parts) if picture.ndim == 4 else parts[0]
     return picture
 
@@ -457,18 +469,28 @@ def as_pictures(dataset, size=None):
     if isinstance(dataset, torch.Tensor):
         dataset = (dataset,)
     if not isinstance(dataset, tuple):                           # a sequence, read once
-        items = [dataset[i] for i in range(len(dataset))]
-        if not items:
-            raise InputError("the data set is empty; give at least BATCH_SIZE pictures")
-        labelled = isinstance(items[0], tuple)
-        dataset = (torch.stack([as_uint8(item[0] if labelled else item, size) for item in items]),
-                   torch.tensor([int(item[1]) for item in items]) if labelled else None)
+        try:
+            items = [dataset[i] for i in range(len(dataset))]
+            labelled = isinstance(items[0], tuple)
+            dataset = (torch.stack([as_uint8(item[0] if labelled else item, size) for item in items]),
+                       torch.tensor([int(item[1]) for item in items]) if labelled else None)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:                       # a generator, no number, nothing, two sizes
+            raise InputError(f"the data set ({type(dataset).__name__}) must be a sequence of at least BATCH_SIZE pictures of a size, each "
+                             f"alone or with its label as (picture, number): {brief(error)}") from None
+    if not isinstance(dataset, Pictures) and len(dataset) not in (1, 2, 4):
+        raise InputError(f"a tuple of {len(dataset)} is no data set; give (images, labels) or (train images, train labels, test images, test labels)")
     pictures = Pictures(*dataset)
-    for split, images, labels in (("training", *pictures[:2]), ("test", *pictures[2:4])):
-        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.shape != (len(images),)
-                                   or labels.min() < 0):
-            raise InputError(f"{split} labels must be a tensor of {len(images)} whole numbers from 0, one a picture, not "
+    for split, images, labels, masks in (("training", *pictures[:2], pictures.train_masks), ("test", *pictures[2:4], pictures.test_masks)):
+        if images is not None and not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.numel()):
+            raise InputError(f"{split} images must be a uint8 tensor (N,3,H,W) of at least one picture, not {type(images).__name__} "
+                             f"{tuple(getattr(images, 'shape', ()))}")
+        count = 0 if images is None else len(images)
+        if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex()
+                                   or labels.shape != (count,) or not count or labels.min() < 0 or labels.max() >= 2 ** 16):
+            raise InputError(f"{split} labels must be a tensor of {count} whole numbers from 0 to 65,535, one a picture, not "
                              f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(getattr(labels, 'shape', ()))}")
+        if masks is not None and (not isinstance(masks, torch.Tensor) or images is None or masks.shape != (count, *[size or images.shape[-1]] * 2)):
+            raise InputError(f"{split} masks must be a tensor ({count},H,W) at IMAGE_SIZE ({size}), not {tuple(getattr(masks, 'shape', ()))}")
     pictures = pictures._replace(**{name: getattr(pictures, name).long() for name in ("train_labels", "test_labels")
                                     if getattr(pictures, name) is not None})
     return pictures._replace(train_images=as_uint8(pictures.train_images, size), test_images=None
@@ -566,6 +588,8 @@ def load_npz(path, size, device):
             require_memory(sum(entry.file_size for entry in archive.infolist()) // 3, 1, device)
         with np.load(path, allow_pickle=False) as archive:
             parts = {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test")}
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path}: {error}; it must hold x_train, y_train, x_test and y_test") from None
     except Exception as error:                                   # NumPy and zlib raise many kinds for a broken file
@@ -574,8 +598,8 @@ def load_npz(path, size, device):
         x, y = np.asarray(parts[f"x_{split}"]), np.asarray(parts[f"y_{split}"])
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape:
             raise InputError(f"{path}: x_{split} is {x.dtype} {x.shape}; it must be uint8 of shape (N, height, width, 3)")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0:
-            raise InputError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be {len(x)} whole numbers from 0, one a picture")
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() >= 2 ** 16:
+            raise InputError(f"{path}: y_{split} is {y.dtype} {y.shape}; it must be {len(x)} whole numbers from 0 to 65,535, one a picture")
         require_memory(len(x), size, device)
         parts[f"x_{split}"] = as_uint8(torch.from_numpy(x).permute(0, 3, 1, 2), size)
         parts[f"y_{split}"] = torch.from_numpy(y.astype(np.int64))
@@ -595,6 +619,8 @@ def load_folder(path, size, device):
         try:
             if not file.resolve().is_relative_to(inside):
                 raise ValueError("a link out of the folder")
+            if not file.is_file():                               # a link to a pipe would be waited for
+                raise ValueError("no file")
             if file.suffix.lower() not in endings:
                 raise ValueError("its name does not end like a picture's")
             with Image.open(file, formats=formats) as picture:
@@ -626,7 +652,7 @@ def load_folder(path, size, device):
     else:
         pictures = Pictures(gather(root)[1], name=root.name)
     if unreadable:
-        warnings.warn(f"{len(unreadable)} files left out: {', '.join(sorted(unreadable))}")
+        warnings.warn(plain(f"{len(unreadable)} file{'s' * (len(unreadable) > 1)} left out: {', '.join(sorted(unreadable))}"))
     return pictures
 
 
@@ -1010,9 +1036,10 @@ class ProjectionHead(nn.Module):
 
 
 def unit(x):
-    """x → x / |x| along the last dimension, for any finite x in fp32: its largest entry is divided out before squares are taken."""
+    """x → x / |x| along the last dimension in fp32, for |x| from 1e-12 to the largest float: its largest entry is divided out before
+    squares are taken. Shorter x come out shorter, so that a gradient grows by 1e12 at most."""
     x = x.float()
-    return F.normalize(x / x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-20), dim=-1)
+    return F.normalize(x / x.detach().abs().amax(-1, keepdim=True).clamp(min=1e-8), dim=-1, eps=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1331,7 +1358,7 @@ def train_step(model, optimizer, micro_batches, settings, masked_patches=None):
 
     model: a DINOv2, or what `distribute` made of it. micro_batches: ACCUMULATE pairs (views, mask), as DINOv2.forward takes
     them, in any iterable. settings: what `Schedules.at` gives. The losses are means over the micro-batches. Where they or
-    the gradient are not finite, on any process, the weights stay, and `skipped` is 1.
+    the gradient are not finite, on any process, the student stays as it is, and `skipped` is 1.
     """
     network = getattr(model, "module", model)                    # without its wrapper
     c, parts = network.config, []
@@ -1522,6 +1549,7 @@ def raw_pixel_accuracy(pictures, mean, std):
 STATE_KEYS = {"student": "student_state_dict", "teacher": "teacher_state_dict", "img_head": "img_head_state_dict",
               "patch_head": "patch_head_state_dict", "teacher_img_head": "teacher_img_head_state_dict",
               "teacher_patch_head": "teacher_patch_head_state_dict"}
+STEP_VALUES = ("loss", "img", "patch", "koleo", "teacher_entropy", "mean_entropy", "kl", "prototypes", "grad_norm", "skipped")  # of train_step
 
 
 def device_random_state(device, state=None):
@@ -1537,7 +1565,8 @@ def write_safely(path, data):
     """Writes bytes beside the path's name, flushes them to the disk, then renames: no half file is ever seen under that name."""
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)                        # of a killed run, or a link that leads elsewhere
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -1561,6 +1590,8 @@ def random_states(device, states=None):
                 "device": device_random_state(device)}
     version, keys, rest = states["python"]
     random.setstate((version, tuple(keys), rest))
+    if len(states["numpy"][1]) != 624 or not 0 <= states["numpy"][2] <= 624:
+        raise ValueError("NumPy's state has no place in its 624 numbers")                         # and NumPy would read beyond them
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"].cpu())
     if states["device"] is not None:
@@ -1571,27 +1602,49 @@ def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoc
     """Writes all that a run needs to go on. epoch: those done; untold: the steps that `Report` has not yet told, Report.untold."""
     states = {key: whole(getattr(model, part).state_dict()) for part, key in STATE_KEYS.items()}
     states.update(epoch=epoch, step=step, data=data, config=model.config.to_dict(), optimizer_state_dict=whole(optimizer.state_dict()),
-                  steps_per_epoch=steps_per_epoch, untold=list(untold), random_states=of_all(random_states(torch.device(model.config.DEVICE))))
+                  steps_per_epoch=steps_per_epoch, untold=list(untold), saved_at=time.time(),
+                  random_states=of_all(random_states(torch.device(model.config.DEVICE))))
     if rank() == 0:
         buffer = io.BytesIO()
         torch.save(states, buffer)
         write_safely(path, buffer.getbuffer())
 
 
+def require_whole(states):
+    """Raises ValueError where a checkpoint is not made as `save_checkpoint` makes it."""
+    kinds = {"config": dict, "epoch": int, "step": int, "steps_per_epoch": int, "data": str, "untold": list, "random_states": list,
+             "optimizer_state_dict": dict, **dict.fromkeys(STATE_KEYS.values(), dict)}
+    for key, kind in kinds.items():
+        if not isinstance(states, dict) or not isinstance(states.get(key), kind):
+            raise ValueError(f"it has no {key}, or a broken one")
+    epoch, step, steps_per_epoch = (states[key] for key in ("epoch", "step", "steps_per_epoch"))
+    if not 0 <= epoch <= step < 2 ** 53 or steps_per_epoch and not 0 <= step - epoch * steps_per_epoch <= steps_per_epoch:
+        raise ValueError(f"step {step} does not come after {epoch} epochs of {steps_per_epoch} steps")
+    for row in states["untold"]:
+        if row.keys() != set(STEP_VALUES) or not all(type(value) is float for value in row.values()):
+            raise ValueError("its untold steps are broken")
+    for key in STATE_KEYS.values():
+        for name, value in states[key].items():
+            if value.nbytes > value.untyped_storage().nbytes() or not value.isfinite().all():
+                raise ValueError(f"in its {key}, {name} is not a tensor of finite numbers")
+
+
 def read_checkpoint(path):
     """→ the checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed. Else InputError."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+                raise ValueError("it would unpack to more than it is")
             damaged = archive.testzip()                          # torch does not compare the checksums that it writes
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
         states = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                   # torch raises many kinds for a missing, broken or unsafe file
-        raise InputError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from None
-    kinds = {"config": dict, "epoch": int, "step": int, "data": str, **dict.fromkeys(STATE_KEYS.values(), dict)}
-    for key, kind in kinds.items():
-        if not isinstance(states, dict) or not isinstance(states.get(key), kind):
-            raise InputError(f"{path} is no checkpoint of this program: it has no {key}, or a broken one")
+        raise InputError(f"{path} is not a readable checkpoint: {brief(error)}") from None
+    try:
+        require_whole(states)
+    except Exception as error:                                   # ValueError, or what an odd tensor cannot do
+        raise InputError(f"{path} is no checkpoint of this program: {brief(error)}") from None
     try:
         Config(**{**states["config"], "DEVICE": "cpu"})
     except (InputError, TypeError) as error:
@@ -1599,24 +1652,38 @@ def read_checkpoint(path):
     return states
 
 
+def sizes(config):
+    """→ dict of the settings without which weights mean nothing, or something else."""
+    names = ("PATCH_SIZE", "IMAGE_SIZE", "REGISTER_TOKENS", "PROJECTION_DIM", "HEAD_HIDDEN_DIM", "HEAD_BOTTLENECK_DIM", "HEAD_BATCH_NORM")
+    return {"MODEL_DIMS": config.MODEL_DIMS[config.MODEL_SIZE], **{name: getattr(config, name) for name in names},
+            "LAYER_SCALE": "none" if not config.LAYER_SCALE else "some"}
+
+
 def load_checkpoint(path, model, optimizer=None):
     """Puts a checkpoint into a model of the same sizes, and into its optimizer and the random generators with it → the dict."""
     states = read_checkpoint(path)
+    saved, now = sizes(Config(**{**states["config"], "DEVICE": "cpu"})), sizes(model.config)
+    if saved != now:
+        raise InputError(f"{path} is of another size than this model: "
+                         + "; ".join(f"{name}: saved {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]))
     for part, key in STATE_KEYS.items():
         fill(getattr(model, part), states[key], path)
     if optimizer is not None:
-        if "untold" not in states:
-            raise InputError(f"{path} is of an earlier version, from which a run cannot go on exactly; start afresh")
         try:
-            saved, parameters = states["optimizer_state_dict"], [p for group in optimizer.param_groups for p in group["params"]]
-            moments = {i: {name: share_of(value, parameters[i]) for name, value in state.items()} for i, state in saved["state"].items()}
-            optimizer.load_state_dict({**saved, "state": moments})
+            parameters, moments = [p for group in optimizer.param_groups for p in group["params"]], {}
+            for i, state in states["optimizer_state_dict"]["state"].items():
+                shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
+                if {name: value.shape for name, value in state.items()} != shapes or any(
+                        value.dtype != torch.float32 or not value.is_contiguous() for value in state.values()):
+                    raise ValueError(f"AdamW's moments of parameter {i} are not of its shape")    # and AdamW would read beyond them
+                moments[i] = {name: share_of(value, parameters[i]) for name, value in state.items()}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
             if rank() < len(states["random_states"]):
                 random_states(torch.device(model.config.DEVICE), states["random_states"][rank()])
             else:                                                # saved by fewer processes
                 seed_apart(model.config.SEED, states["step"])
         except Exception as error:                               # as many kinds as a stranger's file can be wrong in
-            raise InputError(f"{path} holds no state to go on from: {error}") from None
+            raise InputError(f"{path} holds no state to go on from: {brief(error)}") from None
     return states
 
 
@@ -1626,15 +1693,27 @@ def fill(module, state, path):
         own = module.state_dict()
         module.load_state_dict({name: share_of(value, own.get(name)) for name, value in state.items()})
     except Exception as error:                                   # RuntimeError for other sizes; others for what is no tensor
-        raise InputError(f"{path} is of another size than this model: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path} is of another size than this model: {brief(error)}") from None
 
 
 def load_backbone(path, device="cpu"):
     """→ the teacher's VisionTransformer of a checkpoint, in eval mode on device, built from the checkpoint's own config."""
     states = read_checkpoint(path)
-    backbone = build_backbone(Config(**{**states["config"], "DEVICE": str(device)}))
+    config = Config(**{**states["config"], "DEVICE": str(device)})
+    with torch.device("meta"):                                   # without memory, for which the file could ask without bound
+        shapes = {name: value.shape for name, value in build_backbone(config).state_dict().items()}
+    if {name: value.shape for name, value in states["teacher_state_dict"].items()} != shapes:
+        raise InputError(f"{path} is of another size than its own settings say")
+    backbone = build_backbone(config)
     fill(backbone, states["teacher_state_dict"], path)
     return backbone.to(device).eval()
+
+
+def saved_at(path):
+    """→ when a checkpoint was written, in seconds, also if the file has been copied since; infinite where it does not tell."""
+    with suppress(Exception):                                    # the kinds that read_checkpoint names
+        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["saved_at"])
+    return math.inf                                              # first in line, to be refused and named
 
 
 def find_checkpoint(config):
@@ -1643,13 +1722,13 @@ def find_checkpoint(config):
         if not Path(config.RESUME).is_file():
             raise InputError(f"RESUME ({config.RESUME!r}) is no file; give a checkpoint's path, or --resume alone for the newest")
         return Path(config.RESUME)
-    found = sorted(Path(config.OUTPUT_DIR).glob("dinov2_*.pth"), key=lambda p: p.stat().st_mtime_ns, reverse=True) if config.RESUME else []
-    for path in found:
+    found = [path for path in Path(config.OUTPUT_DIR).glob("dinov2_*.pth") if path.is_file()] if config.RESUME else []
+    for path in sorted(found, key=lambda path: (saved_at(path), path.name), reverse=True):
         try:
             read_checkpoint(path)
             return path
         except InputError as error:
-            print(f"left out: {error}")
+            print(plain(f"left out: {error}"))
     if config.RESUME:
         print(f"no checkpoint in {config.OUTPUT_DIR}: starting afresh")
     return None
@@ -1668,6 +1747,7 @@ class Report:
         self.every = max(1, min(50, self.total_steps // 100))
         self.path, self.history = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history)
         self.waiting, self.untold, self.skipped_in_a_row = [], list(untold), 0                    # steps' scalars on the device; then here
+        self.last_good = "there is none"                         # the checkpoint
         self.skipped = sum(row["skipped"] for row in [r for r in history if r["event"] == "step"] + self.untold)
         if rank() == 0:
             write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
@@ -1727,14 +1807,22 @@ class Report:
                 self.say(f"step {step} skipped: its loss or gradient is not finite ({self.skipped:.0f} since the start)")
             if self.skipped_in_a_row == 10:
                 wrong = [name for name in ("img", "patch", "koleo", "grad_norm") if not math.isfinite(row[name])]
-                raise InputError(f"ten steps in a row, up to step {step}, are not finite, here in {', '.join(wrong)}; checkpoints from before are "
-                                 f"in OUTPUT_DIR ({self.config.OUTPUT_DIR!r}). Go on with --resume and PRECISION fp32, or a lower LEARNING_RATE")
+                self.stop(f"ten steps in a row, up to step {step}, are not finite, here in {', '.join(wrong)}")
+
+    def require_finite(self, model):
+        """InputError where a weight is not finite: nothing can be learned, measured or saved any more."""
+        parameters = [p for part in (*model.student_parts(), *model.teacher_parts()) for p in local_tensors(part)]
+        if largest(not torch.stack([p.isfinite().all() for p in parameters]).all()):
+            self.stop(f"the weights are not finite at step {self.step}")
+
+    def stop(self, reason):
+        raise InputError(f"{reason}. The last good checkpoint: {self.last_good}. Go on with --resume and PRECISION fp32, or a lower LEARNING_RATE")
 
     @staticmethod
     def means(rows):
         """Dicts of steps or of records of several `steps` → their means, the skipped steps left out, and how many these were."""
         weights = [row.get("steps", 1) - row["skipped"] for row in rows]
-        names = [name for name in rows[0] if name not in ("event", "step", "steps")]
+        names = [name for name in (rows or [dict.fromkeys(STEP_VALUES)])[0] if name not in ("event", "step", "steps")]
         means = {name: sum(weight * row[name] for weight, row in zip(weights, rows) if weight) / max(sum(weights), 1) for name in names}
         return {**means, "skipped": sum(row["skipped"] for row in rows)}
 
@@ -1931,7 +2019,7 @@ def seed_apart(seed, step=0):
 @contextmanager
 def process_group(config):
     """Joins the processes that torchrun started, if it did → config with this one's DEVICE. InputError where one is lost."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ or dist.is_initialized():
+    if os.environ.get("WORLD_SIZE") in (None, "", "1") or "LOCAL_RANK" not in os.environ or dist.is_initialized():
         yield config
         return
     device = torch.device(config.DEVICE)
@@ -1947,21 +2035,26 @@ def process_group(config):
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
             yield config
-    except RuntimeError as error:                                # of torch, whatever its kind
-        raise InputError(f"process {rank()} of {world_size()} failed, or lost another one: {str(error).strip().splitlines()[0]}; what was "
-                         "saved is whole, so that --resume goes on, with as many processes as you like") from error
+    except RuntimeError as error:                                # gloo's have no kind of their own
+        if not isinstance(error, dist.DistError) and not re.search("gloo|peer|[Tt]imed out", str(error)):
+            raise
+        raise InputError(f"process {rank()} of {world_size()} lost another one: {brief(error)}; what was saved is whole, so that --resume "
+                         "goes on, with as many processes as you like") from error
     dist.destroy_process_group()
 
 
 def shard(model):
-    """Splits the weights over the processes, in place: each block's come together for the moment in which it works (FSDP2)."""
+    """Splits the weights over the processes, in place: each block's come together for the moment in which it works (FSDP2), in
+    bf16 where autocast would make them so, since its own copies would stay until the backward pass."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")                  # into which nobody writes
     mesh = init_device_mesh(torch.device(model.config.DEVICE).type, (world_size(),))
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*model.student_parts(), *model.teacher_parts()):
-        for module in (*getattr(part, "blocks", ()), part):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for block in getattr(part, "blocks", ()):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=bf16 if autocast(model.config)._enabled else MixedPrecisionPolicy())
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def distribute(model):
@@ -1970,7 +2063,7 @@ def distribute(model):
     if world_size() == 1 or model.config.SHARD:
         return model
     unused = not model.config.MASK_RATIO                         # without masks nothing asks the patch head
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused, broadcast_buffers=False)  # they are the same
 
 
 @contextmanager
@@ -2052,16 +2145,18 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
     records = [r for r in metrics if r.get("step", 0) <= step and r.get("epoch", 0) <= epochs]
     if states["data"] != data:
         raise InputError(f"{path} was trained on {states['data']}, these pictures are {data}; give DATASET the same ones")
-    unfinished = config.TOTAL_EPOCHS == states["config"]["TOTAL_EPOCHS"] and not any(r["event"] == "final" for r in records)
+    saved, before = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict(), states["steps_per_epoch"]
+    if not before:
+        raise InputError(f"{path} was not saved by a run, so that there is no place in an epoch to go on from; load_checkpoint takes it")
+    unfinished = config.TOTAL_EPOCHS == saved["TOTAL_EPOCHS"] and not any(r["event"] == "final" for r in records)
     if epochs > config.TOTAL_EPOCHS or epochs == config.TOTAL_EPOCHS and not unfinished:
         raise InputError(f"{path} has done {epochs} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
     now = config.to_dict()
     print(f"going on after epoch {epochs}, step {step:,}, of {path}")
-    for name, value in states["config"].items():
-        if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now.get(name) != value:
+    for name, value in saved.items():
+        if name not in ("RESUME", "DEVICE", "OUTPUT_DIR") and now[name] != value:
             effect = ": all schedules stretch with it, so rates and momenta jump" if name == "TOTAL_EPOCHS" else ""
-            print(f"{name}: saved {value}, now {now.get(name)}{effect}")
-    before = states["steps_per_epoch"]
+            print(plain(f"{name}: saved {value}, now {now[name]}{effect}"))
     if before != steps_per_epoch:                                # records of whole epochs stay, at their steps of now
         print(f"an epoch has {steps_per_epoch:,} steps now, not {before:,}: going on at the beginning of epoch {epochs + 1}")
         records = [{**r, "step": r["step"] * steps_per_epoch // before} if "step" in r else r for r in records if r.get("step", 0) <= epochs * before]
@@ -2076,7 +2171,7 @@ def put_aside(folder, kept=None, metrics=()):
     go on from, only checkpoints that are newer, with a copy of the metrics, since "newest" must not find them any more."""
     old = [p for p in (*Path(folder).glob("dinov2_*.pth"), Path(folder, "metrics.jsonl")) if p.exists() and p.stat().st_size]
     if kept is not None:
-        old = [p for p in old if p.suffix == ".pth" and p.stat().st_mtime_ns > Path(kept).stat().st_mtime_ns]
+        old = [p for p in old if p.suffix == ".pth" and saved_at(p) > saved_at(kept)]
     if old:
         aside = Path(tempfile.mkdtemp(prefix=time.strftime("earlier-%Y%m%d-%H%M%S-"), dir=folder))
         for path in old:
@@ -2087,13 +2182,15 @@ def put_aside(folder, kept=None, metrics=()):
 
 
 def read_metrics(path):
-    """→ the records of a metrics.jsonl, [] where there is none; a line that a crash cut short is left out."""
+    """→ the records of a metrics.jsonl, [] where there is none; a line that is none, such as one cut short by a crash, is left out."""
+    needs = {"start": {"config"}, "baseline": set(), "step": {"step", "steps", *STEP_VALUES}, "epoch": {"epoch", "step"}, "final": {"seconds"}}
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            record = json.loads(line)
+            kinds = {type(value) for name, value in record.items() if name not in ("event", "data", "torch", "config")}
+            if needs[record["event"]] <= record.keys() and kinds <= {int, float}:
+                records.append(record)
     return records
 
 
@@ -2104,7 +2201,9 @@ def train_dinov2(config=None, dataset=None):
     settings, the data or the checkpoint to resume from cannot work. Ctrl-C (KeyboardInterrupt) and SIGTERM (SystemExit
     with 143) end it after the step, with all saved.
     """
-    c = config or Config()
+    c = Config() if config is None else config
+    if not isinstance(c, Config):
+        raise InputError(f"config must be a Config, not {type(c).__name__}: Config(**settings) makes one of a dict")
     if torch.device(c.DEVICE).type == "cpu":
         keep_freed_memory()
     with process_group(c) as c, nullcontext() if rank() else output_folder(c.OUTPUT_DIR):
@@ -2115,7 +2214,7 @@ def train_dinov2(config=None, dataset=None):
         except (RuntimeError, MemoryError) as error:             # torch has no kind of its own for a CPU's memory
             if isinstance(error, RuntimeError) and not re.search("out of memory|enough memory|allocate memory", str(error)):
                 raise
-            raise InputError(f"out of memory ({' '.join(str(error).split())[:200]}); lower BATCH_SIZE ({c.BATCH_SIZE}) and raise ACCUMULATE "
+            raise InputError(f"out of memory ({brief(error)}); lower BATCH_SIZE ({c.BATCH_SIZE}) and raise ACCUMULATE "
                              f"({c.ACCUMULATE}), or lower MODEL_SIZE ({c.MODEL_SIZE!r}) or PROJECTION_DIM ({c.PROJECTION_DIM})") from error
 
 
@@ -2125,13 +2224,18 @@ def train_in_folder(c, dataset):
         raise InputError("SHARD (True) needs several processes; start with torchrun --nproc-per-node 2, or more, or leave it out")
     require_room(c)
     checkpoint = of_all(None if rank() else find_checkpoint(c))[0]
-    if rank():
-        of_all("ready")                                          # with what process 0 perhaps had to download
+    waits = int(os.environ.get("LOCAL_RANK") or rank()) > 0      # for the one of its machine that perhaps downloads
+    if waits:
+        of_all("ready")
     pictures = prepare_pictures(c, dataset)
-    if rank() == 0:
+    if not waits:
         of_all("ready")
     torch.manual_seed(c.SEED)
     mean, std = pixel_statistics(pictures.train_images)
+    seen = of_all((pictures.name, len(pictures.train_images), mean, std))
+    if seen != seen[:1] * len(seen):
+        raise InputError(f"the processes have different pictures: {'; '.join(f'{count:,} of {name}' for name, count, *_ in seen)}; give all "
+                         "machines the same DATASET, DATA_PATH and files")
     model = make_model(c, mean, std)
     seed_apart(c.SEED)
     optimizer, transform = make_optimizer(model), make_transform(c, mean, std)
@@ -2144,17 +2248,19 @@ def train_in_folder(c, dataset):
     epochs, step, history, untold = start_or_resume(c, checkpoint, model, optimizer, pictures.name, steps_per_epoch)
     history = of_all(history)[0]                                 # process 0 is the one that writes it again
     report = Report(c, steps_per_epoch, step, history, untold)
+    if checkpoint:
+        report.last_good = f"{checkpoint}, step {step:,}"
     print(describe(c, model, pictures, report.total_steps))
     evaluates = pictures.train_labels is not None and pictures.test_labels is not None
     if not evaluates:
         print("no labelled training and test pictures: evaluation is left out")
     baseline = next((record for record in history if record["event"] == "baseline"), {})
     if not history:
-        if evaluates:
+        if evaluates and not step:                               # else metrics.jsonl is lost, and the untrained network with it
             baseline = {**evaluate(model, pictures, linear=True), "raw_pixels_knn": raw_pixel_accuracy(pictures, mean, std)}
         report.record("start", data=pictures.name, torch=torch.__version__, config=c.to_dict())
         report.record("baseline", **baseline)
-    if "knn" in baseline:
+    if {"knn", "raw_pixels_knn"} <= baseline.keys():
         print(f"before training: k-NN {baseline['raw_pixels_knn']:.1%} on raw pixels, {baseline['knn']:.1%} on the untrained network")
 
     # The epochs
@@ -2172,6 +2278,7 @@ def train_in_folder(c, dataset):
                     save_epoch(model, optimizer, epoch, report, pictures.name)
                     saved = time.perf_counter()
                     leave_if(wanted, report)
+            report.require_finite(model)
             due, last = c.EVAL_EVERY and (epoch + 1) % c.EVAL_EVERY == 0, epoch + 1 == c.TOTAL_EPOCHS
             report.end_epoch(epoch + 1, evaluate(model, pictures, linear=last) if evaluates and (due or last) else {})
             save_epoch(model, optimizer, epoch + 1, report, pictures.name)
@@ -2187,7 +2294,7 @@ def output_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "metrics.jsonl").open("a").close()
-        lock = open(Path(folder, ".lock"), "w")
+        lock = open(Path(folder, ".lock"), "a")                  # a link's file stays as it is
     except OSError as error:
         raise InputError(f"OUTPUT_DIR ({folder!r}) cannot be written: {error}; give another folder") from None
     with lock:
@@ -2209,17 +2316,19 @@ def save_epoch(model, optimizer, epoch, report, data):
     and dinov2_final.pth after the last. epoch: those done, evaluation included."""
     c, folder, ended = model.config, Path(model.config.OUTPUT_DIR), report.step == epoch * report.steps_per_epoch
     report.look()                                                # first: what can be gone on from has no ten bad steps in a row
+    report.require_finite(model)
     new, last, previous = (folder / f"dinov2_{name}.pth" for name in ("new", "last", "previous"))
     kept = [f"epoch_{epoch}"] * bool(ended and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0) + ["final"] * (epoch == c.TOTAL_EPOCHS)
     first, *others = [folder / f"dinov2_{name}.pth" for name in kept] + [new]                     # what goes on from new has them
     save_checkpoint(first, model, optimizer, epoch, report.step, data, report.steps_per_epoch, report.untold)
-    if rank():
-        return
-    for path in others:
+    for path in others if rank() == 0 else ():
         write_safely(path, first.read_bytes())
-    if last.exists():
-        last.replace(previous)
-    new.replace(last)                                            # at every moment there are two that are whole
+    if rank() == 0:
+        if last.exists():
+            last.replace(previous)
+        new.replace(last)                                        # at every moment there are two that are whole
+    of_all("saved")                                              # a process that left before would have the others ended in mid-write
+    report.last_good = f"{last}, step {report.step:,}"
 
 
 def leave_if(wanted, report):

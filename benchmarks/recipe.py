@@ -69,7 +69,7 @@ LIGHTLY_OWN = dict(LEARNING_RATE=4e-3, WEIGHT_DECAY=0.04, WEIGHT_DECAY_END=0.4, 
 
 ROWS = [Row(*row) for row in (
     ("default", "default", {}, "the constants of Config, with what --base changes"),
-    ("patch-loss-0", "losses", {"LAMBDA_PATCH": 0.0}, "the image loss alone; the student still sees masked crops"),
+    ("patch-loss-0", "losses", {"LAMBDA_PATCH": 0.0}, "nothing is learned from the patches; the student still sees masked crops"),
     ("patch-loss-1", "losses", {"LAMBDA_PATCH": 1.0}, "the published weight"),
     ("no-masks", "losses", {"MASK_RATIO": 0.0}, "neither patch loss nor masked crops, which also saves their time"),
     ("random-masks", "losses", {"MASK_KIND": "random"}, "patches masked one by one are easier to guess than blocks"),
@@ -117,6 +117,8 @@ ROWS = [Row(*row) for row in (
 )]
 CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-1", "no-sinkhorn", "teacher-temp-published", "prototypes-128", "learned-prototypes",
             "no-batch-norm", "ema-0.996", "local-crops-0", "global-scale-0.25", "lightly")
+NOT_LIGHTLYS = ("REGISTER_TOKENS", "LAYER_SCALE", "DROP_PATH", "DROPOUT", "FLIP", "KOLEO_KIND", "MASK_KIND", "MASK_RATIO", "MASK_PROB", "STUDENT_TEMP",
+                "SINKHORN_ITERATIONS", "ACCUMULATE", "SHARD")  # settings that do not reach lightly's parts, which go their own way there
 OF_A_RUN = ("SEED", "TOTAL_EPOCHS", "OUTPUT_DIR", "RESUME", "EVAL_EVERY", "SAVE_EVERY", "SAVE_EVERY_MINUTES", "DATASET", "DATA_PATH")  # no part of a row's recipe
 
 
@@ -145,6 +147,8 @@ def choose_rows(names, base, at_once=1):
             lines.append(f"{row.name} is left out: its loader takes all cores, so it needs --at-once 1")
         elif is_lightly(row) and (config.GLOBAL_CROPS_NUMBER != 2 or not config.LOCAL_CROPS_NUMBER):
             lines.append(f"{row.name} is left out: it needs two global crops and some local ones")
+        elif is_lightly(row) and (others := [name for name in NOT_LIGHTLYS if getattr(config, name) != getattr(dinov2.Config, name)]):
+            lines.append(f"{row.name} is left out: {', '.join(others)} would not reach its parts")
         elif not changed and row.name != "default" and not is_lightly(row):
             lines.append(f"{row.name} is left out: it is the default")
         else:

@@ -44,7 +44,7 @@ def test_a_step_is_taken_apart_into_its_stages(job, monkeypatch):
     monkeypatch.setattr(throughput.dinov2, "train_step", throughput.dinov2.train_step)
     found = throughput.work_step({**job, "details": 3})
     stages = found["details"]["stages"]
-    assert len(found["seconds"]) == 2 and all(seconds > 0 for seconds in stages.values()) and found["above_start"] >= 0
+    assert len(found["seconds"]) == 2 and all(seconds > 0 for seconds in stages.values()) and found["above_start"] > -0.01
     assert list(stages) == ["views", "masks", "teacher", "student", "heads and losses", "backward and clipping", "AdamW and EMA"]
 
 

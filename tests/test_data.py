@@ -536,14 +536,33 @@ def test_a_torchvision_data_set_becomes_pictures(shapes):
     "too few labels": lambda images, labels: (images, labels[:3]),
     "float labels": lambda images, labels: (images, labels / 2),
     "labels as a list": lambda images, labels: (images, [[0]] * len(images)),
+    "a number": lambda images, labels: 5,
+    "a generator": lambda images, labels: (image for image in images),
+    "a dict": lambda images, labels: {"images": images},
+    "words as labels": lambda images, labels: [(image, "cat") for image in pil(images)],
+    "two sizes": lambda images, labels: [Image.new("RGB", (side, side)) for side in (0, 32)],
+    "complex labels": lambda images, labels: (images, labels + 0j),
+    "labels beyond all classes": lambda images, labels: (images, labels.long() + 2 ** 62),
+    "five parts": lambda images, labels: (images, labels, images),
+    "masks of another size": lambda images, labels: Pictures(images, labels, images, labels, train_masks=torch.zeros(64, 8, 8, dtype=torch.bool)),
     "labels first": lambda images, labels: (labels, images)}.items(), ids=lambda item: item[0])
 def test_a_data_set_that_cannot_work_is_refused_before_any_long_work(make, small, shapes, monkeypatch):
     monkeypatch.setattr(dinov2_cifar, "make_model", lambda *args: pytest.fail("a network was built first"))
     data = make[1](*shapes[:2])
-    if isinstance(data, tuple):
+    if isinstance(data, tuple) and not isinstance(data, Pictures):
         data = (*data, *shapes[2:])
     with pytest.raises(InputError):
         train_dinov2(small(), dataset=data)
+
+
+def test_a_test_set_of_nothing_is_refused(shapes):
+    with pytest.raises(InputError, match="test images must be"):
+        as_pictures((*shapes[:2], shapes[2][:0], shapes[3][:0]))
+
+
+def test_settings_in_a_dict_are_refused_with_the_remedy():
+    with pytest.raises(InputError, match="Config.*settings"):
+        train_dinov2({"TOTAL_EPOCHS": 1})
 
 
 def test_pictures_of_different_sizes_become_one_tensor_at_the_image_size():

@@ -88,6 +88,36 @@ def test_two_processes_are_one_with_the_whole_batch(changes, tmp_path):
             assert torch.allclose(part[2][name], gradient, atol=1e-5), name
 
 
+UNLIKE_ACTIVATIONS = {"MODEL_DIMS": {"tiny": (136, 2, 2)}}      # no other tensor has its weights' shapes
+
+
+def keep_a_share(rank, folder, views, mask):
+    """Saves how many bytes of the blocks' matrices stay between forward and backward pass."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    model = network(len(views[0]) // 2, PRECISION="bf16", SHARD=True, **UNLIKE_ACTIVATIONS)
+    shapes = {tuple(p.shape) for p in model.student.blocks.parameters() if p.ndim == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    wrapped, kept, share = wrap(model), [], mask.unflatten(0, (2, -1)).chunk(2, 1)[rank].flatten(0, 1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), dinov2_cifar.autocast(model.config):
+        values = wrapped([view.chunk(2)[rank] for view in views], share, 0.05)
+    weights = [t for t in kept if tuple(t.shape) in shapes]
+    alive = sum(t.untyped_storage().size() for t in weights)
+    values["loss"].backward()
+    torch.save((values["loss"].item(), len(weights), alive), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_block_gives_its_weights_back_also_in_bf16(tmp_path):
+    views, mask = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)], draw_masks(Config(**{**SMALL, "BATCH_SIZE": 16}), "cpu")
+    torch.multiprocessing.spawn(keep_a_share, (tmp_path, views, mask), nprocs=2)
+    losses, weights, alive = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    assert min(weights) > 0 == max(alive)
+    model = network(16, PRECISION="bf16", **UNLIKE_ACTIVATIONS)
+    with dinov2_cifar.autocast(model.config):
+        assert sum(losses) / 2 == pytest.approx(model(views, mask, 0.05)["loss"].item(), rel=0.02)
+
+
 def three_steps(model, views, mask, folder):
     """Two steps, a checkpoint, and a third step of another network and optimizer that were loaded from it → gradient norms."""
     norms, settings = [], {"lr": 1e-2, "prototype_lr": 1e-2, "weight_decay": 0.04, "momentum": 0.5, "teacher_temp": 0.05}
@@ -153,6 +183,45 @@ def test_the_processes_share_out_the_same_order(monkeypatch):
     monkeypatch.undo()
     assert {int(i) for steps in each for step in steps for batch in step for i in batch} == {
         int(i) for step in dinov2_cifar.epoch_batches(70, config, 3) for batch in step for i in batch}
+
+
+def train_with_a_slow_disk(rank, folder, pictures):
+    """Process 0 takes its time to write; saves at which step the newest checkpoint is when each may leave."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    write, save, found = dinov2_cifar.write_safely, dinov2_cifar.save_epoch, []
+    dinov2_cifar.write_safely = lambda *args: time.sleep(0.3) or write(*args)
+
+    def saved(*args):
+        save(*args)
+        found.append((args[3].step, read_checkpoint(folder / "dinov2_last.pth")["step"]))
+
+    dinov2_cifar.save_epoch = saved
+    dinov2_cifar.train_dinov2(Config(**{**SMALL, "OUTPUT_DIR": str(folder), "TOTAL_EPOCHS": 2}), dataset=pictures)
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_no_process_leaves_before_the_checkpoint_is_written(shapes, tmp_path):
+    torch.multiprocessing.spawn(train_with_a_slow_disk, (tmp_path, shapes), nprocs=2)
+    assert all(torch.load(tmp_path / f"{rank}.pt") == [(4, 4), (8, 8)] for rank in (0, 1))
+
+
+def train_on_ones_own(rank, folder, pictures):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
+    try:
+        dinov2_cifar.train_dinov2(Config(**{**SMALL, "OUTPUT_DIR": str(folder / "out")}), dataset=pictures[rank])
+    except dinov2_cifar.InputError as error:
+        (folder / f"{rank}.txt").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("other", [lambda images: images.flip(3).sub(1), lambda images: images[:48]], ids=["other pictures", "fewer"])
+def test_processes_with_different_pictures_are_refused(other, tmp_path):
+    images = make_shapes(64)[0]
+    torch.multiprocessing.spawn(train_on_ones_own, (tmp_path, [images, other(images)]), nprocs=2)
+    assert all("the processes have different pictures" in (tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
 
 
 # Whole runs, started as users start them
@@ -224,5 +293,5 @@ def test_a_lost_process_ends_the_run_with_a_message(lost, pictures, tmp_path):
     wait_for(tmp_path / "dinov2_previous.pth", process)
     os.kill(worker(process, lost), signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
-    assert process.returncode != 0 and f"error: process {1 - lost} of 2 failed, or lost another one" in said, said
+    assert process.returncode != 0 and f"error: process {1 - lost} of 2 lost another one" in said, said
     assert json.dumps(read_checkpoint(tmp_path / "dinov2_last.pth")["step"])                      # whole

@@ -52,6 +52,15 @@ def test_a_row_that_cannot_be_run_is_named_with_its_reason():
                      "local-size-32 is left out: LOCAL_CROP_SIZE (32) must be a multiple of PATCH_SIZE (12)"]
 
 
+def test_lightlys_parts_are_left_out_where_a_shared_setting_would_not_reach_them(monkeypatch):
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda name: True)
+    for base, lacking in (({}, ""), ({"LAMBDA_PATCH": 1.0, "BATCH_SIZE": 64}, ""), ({"MASK_RATIO": 0.3, "FLIP": False}, "FLIP, MASK_RATIO")):
+        rows, lines = recipe.choose_rows(["lightly"], base)
+        assert [row.name for row in rows] == ["lightly"] * (not lacking)
+        assert lines == [f"lightly is left out: {lacking} would not reach its parts"] * bool(lacking)
+    assert set(recipe.NOT_LIGHTLYS) <= set(Config().to_dict())
+
+
 def test_base_flags_are_shared_and_those_of_a_single_run_are_not():
     arguments = recipe.parse(["--data", "x.npz", "--device", "cpu", "--base", "--model-size", "tiny", "--seed", "7", "--total-epochs", "9"])
     assert recipe.shared_settings(arguments) == {"MODEL_SIZE": "tiny", "TRAIN_IMAGES": 10_000, "DATASET": "x.npz", "DEVICE": "cpu"}
@@ -82,7 +91,7 @@ def metrics(starts=((0, 16),), every=2, per_epoch=4, batch=10, step=1.0, first=5
             done = i - begin
             now += step if done > 1 else 0.0
             if i % every == 0 or i % per_epoch == 0 or i in (1, 6):
-                records.append({"event": "step", "step": i, "pictures_per_second": batch * (done - 1) / now if done > 1 else batch / first})
+                records.append({"event": "step", "step": i, "steps": 1, **dict.fromkeys(recipe.dinov2.STEP_VALUES, 0.0), "pictures_per_second": batch * (done - 1) / now if done > 1 else batch / first})
             if i % per_epoch == 0:
                 records.append({"event": "epoch", "epoch": i // per_epoch, "step": i, "teacher_entropy": 1.0, "knn": 0.01 * i, "rank": 6.0,
                                 **({"linear": 0.5} if i == 16 else {})})

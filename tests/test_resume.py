@@ -147,6 +147,50 @@ def test_the_newest_usable_checkpoint_is_taken_and_a_broken_one_named(shapes, tm
     assert "left out" in said and "dinov2_final.pth" in said and "dinov2_last.pth" in said
 
 
+def test_newest_is_what_was_saved_last_also_in_a_copied_folder(shapes, tmp_path, monkeypatch):
+    at_step(monkeypatch, 21, lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train_dinov2(settings(tmp_path / "run", SAVE_EVERY=1), dataset=shapes)
+    names = ["dinov2_last.pth", "dinov2_previous.pth", "dinov2_epoch_2.pth", "dinov2_epoch_1.pth"]
+    assert [read_checkpoint(tmp_path / "run" / name)["step"] for name in names] == [21, 16, 16, 8]
+    (tmp_path / "copy").mkdir()
+    for name in names:                                           # the last is the oldest file now
+        shutil.copyfile(tmp_path / "run" / name, tmp_path / "copy" / name)
+        os.utime(tmp_path / "copy" / name, (1000 + names.index(name),) * 2)
+    (tmp_path / "copy" / "dinov2_best.pth").symlink_to("gone.pth")
+    assert find_checkpoint(settings(tmp_path / "copy", RESUME="newest")).name == names[0]
+
+
+def test_lost_or_broken_records_do_not_stop_a_run_and_nothing_is_made_up(whole, shapes, tmp_path, monkeypatch, capsys, rarely):
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, lambda: signal.raise_signal(signal.SIGTERM))                            # the end of the epoch, not yet recorded
+        with pytest.raises(SystemExit):
+            train_dinov2(settings(tmp_path), dataset=shapes)
+    shutil.copytree(tmp_path, tmp_path / "lost")
+    (tmp_path / "lost" / "metrics.jsonl").unlink()
+    model = train_dinov2(settings(tmp_path / "lost", RESUME="newest"), dataset=shapes)
+    rows = told(tmp_path / "lost")
+    assert same(model.state_dict(), whole[0]) and [row for row in rows if row["event"] == "baseline"] == [{"event": "baseline"}]
+    assert "before training" not in capsys.readouterr().out.split("going on after")[1]
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    odd = [b"3", b"[1]", b"{}", b'"text"', b'{"event": "step", "step": 1}', b'{"event": ["step"]}', b'{"event": "epoch", "epoch": "x", "step": 8}',
+           b"\xff\xfe", b'{"event": "baseline", "knn": "x"}', b'{"event": "step"', lines[2].replace(b'"step": 1', b'"step": "1"')]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(odd + lines) + b"\n")
+    model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
+    assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_links_in_the_folder_are_not_written_through(shapes, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "out").mkdir()
+    for name in (".lock", "dinov2_new.pth.tmp", "dinov2_final.pth.tmp", "metrics.jsonl.tmp"):
+        (tmp_path / "out" / name).symlink_to(victim)
+    train_dinov2(settings(tmp_path / "out", TOTAL_EPOCHS=1), dataset=shapes)
+    assert victim.read_text() == "mine" and not (tmp_path / "out" / "dinov2_last.pth").is_symlink()
+
+
 def test_a_run_killed_after_its_last_epoch_only_draws_the_end(whole, shapes, tmp_path, monkeypatch, rarely):
     with monkeypatch.context() as patch:
         patch.setattr(dinov2_cifar, "draw_pca", lambda *args: crash())
@@ -397,7 +441,7 @@ def test_ten_such_steps_in_a_row_stop_the_run(shapes, tmp_path, monkeypatch):
     spoil(monkeypatch, {4, *range(11, 25)})
     with pytest.raises(InputError, match="ten steps in a row, up to step 20, are not finite, here in img, grad_norm") as caught:
         train_dinov2(settings(tmp_path), dataset=shapes)
-    assert str(tmp_path) in str(caught.value) and "--resume and PRECISION fp32" in str(caught.value)
+    assert f"The last good checkpoint: {tmp_path / 'dinov2_last.pth'}, step 16. Go on with --resume and PRECISION fp32" in str(caught.value)
     assert read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == 16
 
 
@@ -411,3 +455,20 @@ def test_a_save_looks_first_so_that_nothing_resumes_into_ten_bad_steps(shapes, t
     train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
     epochs = [row for row in told(tmp_path) if row["event"] == "epoch"]
     assert [row["skipped"] for row in epochs] == [2, 7, 0] and all(math.isfinite(row["img"]) for row in epochs)
+
+
+def test_weights_that_are_not_finite_are_neither_measured_nor_saved(shapes, tmp_path, monkeypatch):
+    networks, make = [], dinov2_cifar.make_model
+    monkeypatch.setattr(dinov2_cifar, "make_model", lambda *args: networks.append(make(*args)) or networks[0])
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, lambda: networks[0].student.cls_token.data.fill_(math.inf))
+        with pytest.raises(InputError, match=r"weights are not finite at step 16\. The last good checkpoint: .*dinov2_last.pth, step 8\. Go on"):
+            train_dinov2(settings(tmp_path, CLIP_GRAD=0.0), dataset=shapes)
+    assert find_checkpoint(settings(tmp_path, RESUME="newest")).name == "dinov2_last.pth" and read_checkpoint(tmp_path / "dinov2_last.pth")["step"] == 8
+    networks.clear()
+    assert all(torch.isfinite(p).all() for p in train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes).parameters())
+    networks.clear()
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: networks[0].student.cls_token.data.fill_(math.inf))
+        with pytest.raises(InputError, match="The last good checkpoint: there is none"):
+            train_dinov2(settings(tmp_path / "other"), dataset=shapes)

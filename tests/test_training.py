@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SMALL
 
 import dinov2_cifar
-from dinov2_cifar import (Config, InputError, find_checkpoint, load_backbone, load_checkpoint, main, make_model, make_optimizer,
+from dinov2_cifar import (Config, InputError, Pictures, find_checkpoint, load_backbone, load_checkpoint, main, make_model, make_optimizer,
                           read_checkpoint, save_checkpoint, train_dinov2)
 from recipe import flags
 
@@ -100,17 +100,19 @@ def test_pictures_without_labels_are_trained_on_and_not_evaluated(small, shapes,
 
 
 def test_features_learn_the_difference_between_two_kinds_of_picture(small):
-    """Stripes along or across, at any phase and in any colour: pixels cannot tell them apart by distance, the teacher must."""
+    """Stripes along or across, of any width, phase and colour: where the untrained network errs in one of five, the teacher must do better."""
     rng = np.random.default_rng(0)
-    labels = np.arange(384) % 2
-    wave = np.sin(np.arange(32) * np.pi / 4 + rng.uniform(0, 2 * np.pi, (384, 1)))[:, :, None] * np.ones((1, 1, 32))
+    labels, width = np.arange(384) % 2, rng.uniform(0.7, 1.3, (384, 1))
+    wave = np.sin(np.arange(32) * np.pi / 4 * width + rng.uniform(0, 2 * np.pi, (384, 1)))[:, :, None] * np.ones((1, 1, 32))
     wave = np.where(labels[:, None, None] == 1, wave.transpose(0, 2, 1), wave)
-    images = 127 + 60 * wave[:, None] * rng.choice([-1, 1], (384, 3, 1, 1)) + rng.normal(0, 8, (384, 3, 32, 32))
-    images, labels = torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels)
-    config = small(TOTAL_EPOCHS=6, BATCH_SIZE=32, EVAL_EVERY=0, LEARNING_RATE=1e-2, EMA_START=0.8)
+    ground, colour = rng.uniform(87, 167, (384, 3, 1, 1)), rng.choice([-60, 60], (384, 3, 1, 1))
+    images = torch.from_numpy((ground + colour * wave[:, None] + rng.normal(0, 8, (384, 3, 32, 32))).clip(0, 255).astype(np.uint8))
+    labels = torch.from_numpy(labels)
+    config = small(TOTAL_EPOCHS=12, BATCH_SIZE=32, PROJECTION_DIM=128, EVAL_EVERY=0, LEARNING_RATE=1e-2, EMA_START=0.8,
+                   COLOR_JITTER=(0.8, 0.8, 0.8, 0.5), GRAYSCALE_PROB=0.5)
     train_dinov2(config, dataset=(images[:256], labels[:256], images[256:], labels[256:]))
     before, after = records(config.OUTPUT_DIR, "baseline")[0], records(config.OUTPUT_DIR, "final")[0]
-    assert after["knn"] > 0.9 and after["knn"] >= before["knn"]
+    assert after["knn"] > max(0.85, before["knn"] + 0.05)
 
 
 # Checkpoints
@@ -172,7 +174,7 @@ def test_resume_refuses_other_pictures_and_a_run_that_is_done(small, shapes, tmp
     with pytest.raises(InputError, match=r"TOTAL_EPOCHS \(1\)"):
         train_dinov2(small(RESUME="newest"), dataset=shapes)
     with pytest.raises(InputError, match="was trained on your pictures, these pictures are others"):
-        train_dinov2(small(RESUME="newest", TOTAL_EPOCHS=2), dataset=(*shapes, "others"))
+        train_dinov2(small(RESUME="newest", TOTAL_EPOCHS=2), dataset=Pictures(*shapes, "others"))
 
 
 def test_resume_reads_the_history_beside_the_checkpoint_and_forgives_half_a_line(small, shapes):

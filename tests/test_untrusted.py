@@ -1,10 +1,12 @@
 """Nothing let in: checkpoints and pictures from strangers, broken at random or on purpose, are refused in plain words."""
 
 import io
+import math
 import os
 import pickle
 import random
 import warnings
+import zipfile
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from conftest import SMALL
 from PIL import Image
 
 import dinov2_cifar
-from dinov2_cifar import Config, InputError, load_backbone, load_checkpoint, load_folder, main, make_model, make_optimizer, save_checkpoint
+from dinov2_cifar import Config, InputError, load_backbone, load_checkpoint, load_folder, main, make_model, make_optimizer, save_checkpoint, train_dinov2
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,75 @@ def test_a_checkpoint_that_would_do_something_is_refused_and_does_nothing(checkp
     assert not victim.exists()
 
 
+def moments(states):
+    return states["optimizer_state_dict"]["state"][0]
+
+
+HOSTILE = {  # what each does to a whole checkpoint
+    "a negative epoch": lambda s: s.update(epoch=-1), "a negative step": lambda s: s.update(step=-5), "a step far away": lambda s: s.update(step=10 ** 12),
+    "no steps": lambda s: s.pop("steps_per_epoch"), "steps of text": lambda s: s.update(steps_per_epoch="x"), "no number of steps": lambda s: s.update(steps_per_epoch=0),
+    "untold text": lambda s: s.update(untold=["x"]), "untold names": lambda s: s.update(untold=[{"skipped": 0.0}]),
+    "untold words": lambda s: s.update(untold=[dict.fromkeys(dinov2_cifar.STEP_VALUES, "x")]),
+    "moments of another shape": lambda s: moments(s).update(exp_avg=torch.zeros(3)), "half of the moments": lambda s: moments(s).pop("exp_avg"),
+    "moments of one number": lambda s: moments(s).update(exp_avg=torch.zeros(1).expand(moments(s)["exp_avg"].shape)),
+    "moments of another kind": lambda s: moments(s).update(exp_avg=moments(s)["exp_avg"].double()), "moments of text": lambda s: moments(s).update(step="x"),
+    "moments of nothing": lambda s: s["optimizer_state_dict"]["state"].update({999: moments(s)}),
+    "NumPy beyond its numbers": lambda s: s.update(random_states=[{**s["random_states"][0], "numpy": (*s["random_states"][0]["numpy"][:2], 10 ** 8, 0, 0.0)}]),
+    "weights that are not finite": lambda s: s["student_state_dict"]["cls_token"].fill_(math.nan),
+    "weights of one number": lambda s: s["student_state_dict"].update(cls_token=torch.zeros(1).expand(10 ** 9)),
+    "sparse weights": lambda s: s["student_state_dict"].update(cls_token=s["student_state_dict"]["cls_token"].to_sparse()),
+    "no weights": lambda s: s["student_state_dict"].clear(), "other heads": lambda s: s["config"].update(MODEL_DIMS={"tiny": (32, 2, 4)})}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_nothing_hostile_is_gone_on_from(change, checkpoint, shapes, tmp_path):
+    states = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
+    change(states)
+    torch.save(states, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="x.pth"):
+        train_dinov2(Config(**{**SMALL, "OUTPUT_DIR": str(tmp_path / "out"), "RESUME": str(tmp_path / "x.pth")}), dataset=shapes)
+
+
+def test_settings_of_the_optimizer_are_the_runs_own(checkpoint, tmp_path):
+    states = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
+    for group in states["optimizer_state_dict"]["param_groups"]:
+        group.update(maximize=True, betas=("x",), amsgrad=True, params=[])
+    torch.save(states, tmp_path / "x.pth")
+    model = make_model(Config(**SMALL), [0.5] * 3, [0.2] * 3)
+    own, optimizer = make_optimizer(model).state_dict()["param_groups"], make_optimizer(model)
+    load_checkpoint(tmp_path / "x.pth", model, optimizer)
+    assert optimizer.state_dict()["param_groups"] == own and optimizer.state_dict()["state"]
+
+
+def test_other_sizes_are_refused_by_their_settings_names(checkpoint, tmp_path):
+    (tmp_path / "x.pth").write_bytes(checkpoint[0])
+    for name, value in (("MODEL_DIMS", {"tiny": (32, 2, 4)}), ("PATCH_SIZE", 4), ("PROJECTION_DIM", 32), ("LAYER_SCALE", 0.1), ("REGISTER_TOKENS", 1)):
+        model = make_model(Config(**{**SMALL, name: value}), [0.5] * 3, [0.2] * 3)
+        with pytest.raises(InputError, match=rf"of another size than this model: {name}: saved .*, now "):
+            load_checkpoint(tmp_path / "x.pth", model)
+
+
+def test_a_checkpoint_cannot_ask_for_more_memory_than_it_is_long(checkpoint, tmp_path, monkeypatch):
+    path, states = tmp_path / "x.pth", torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
+    with zipfile.ZipFile(io.BytesIO(checkpoint[0])) as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+    assert all("unpack to more than it is" in message for message in tries(path, *checkpoint[1:])) and len(tries(path, *checkpoint[1:])) == 2
+    torch.save({**states, "config": {**states["config"], "MODEL_DIMS": {"tiny": (16384, 900, 2)}}}, path)  # 2.9 trillion weights
+    assert all("of another size than" in message for message in tries(path, *checkpoint[1:])) and len(tries(path, *checkpoint[1:])) == 2
+
+
+def test_names_from_files_do_not_steer_the_terminal(tmp_path, capsys):
+    name = "\x1b]0;owned\x07\x1b[2J.png"
+    (tmp_path / name).write_bytes(b"x")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert "\\x1b]0;owned\\x07" in load(tmp_path)[1]
+    with pytest.raises(SystemExit, match="2"):
+        main(["--dataset", "x\x1b[2J"])
+    assert "\x1b" not in capsys.readouterr().err
+    assert dinov2_cifar.plain("Grüße,\n 東京 \x1b[2J") == "Grüße, 東京 \\x1b[2J" and dinov2_cifar.brief(EOFError()) == "EOFError"
+
+
 def broken_pictures(folder, count, draw):
     """Writes so many pictures, cut short, with wrong bits, of noise, or under another kind's name."""
     for n in range(count):
@@ -159,6 +230,15 @@ def test_links_out_of_the_folder_are_not_followed_but_named(tmp_path):
     assert len(pictures.train_images) == 2
     assert all(name in said for name in ("secret.png", "lost.png", "loop.png")) and "dog" in said and "same.png" not in said
     assert said.count("a link out of the folder") >= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_link_to_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "b.png").symlink_to(tmp_path / "pipe")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pictures, said = load(tmp_path)
+    assert len(pictures.train_images) == 1 and "b.png (no file)" in said
 
 
 def test_bombs_and_programs_in_the_clothes_of_pictures_are_left_out(tmp_path):
