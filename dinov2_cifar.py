@@ -140,7 +140,7 @@ class Config:
     WEIGHT_DECAY_END = 0.4  # the same at the last step, reached by cosine
     EMA_START = 0.9  # momentum of the teacher at the first step: 0.9 for some thousand steps, 0.99 and more for long runs
     EMA_END = 1.0  # the same at the last step, reached by cosine
-    FREEZE_PROTOTYPES = 1.0  # share of the run in which the heads' last layer stands still; learned prototypes cost a short run accuracy
+    FREEZE_PROTOTYPES = 1.0  # share of the run in which the heads' last layer stands still; in short runs learned prototypes are no better
     CLIP_GRAD = 3.0  # largest gradient norm; longer gradients are shortened to it (0: no clipping)
     TOTAL_EPOCHS = 2  # passes over the pictures; every schedule stretches with them
 
@@ -235,7 +235,7 @@ RANGES = (  # names, least, most
 )
 
 QUICK = dict(MODEL_SIZE="tiny", MODEL_DIMS={**Config.MODEL_DIMS, "tiny": (192, 2, 3)},  # two blocks: fast steps are worth more in three minutes
-             DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LEARNING_RATE=4e-3, TOTAL_EPOCHS=52, EVAL_EVERY=13,
+             DATASET="shapes", PATCH_SIZE=8, BATCH_SIZE=64, LEARNING_RATE=4e-3, TOTAL_EPOCHS=36, EVAL_EVERY=12,
              LOCAL_CROPS_NUMBER=2, GLOBAL_CROPS_SCALE=(0.85, 1.0), LOCAL_CROPS_SCALE=(0.5, 0.8),
              COLOR_JITTER=(0.6, 0.6, 0.6, 0.5), COLOR_JITTER_PROB=0.95, GRAYSCALE_PROB=0.5)  # colour says nothing of a shape
 
