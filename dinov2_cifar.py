@@ -486,11 +486,12 @@ def as_pictures(dataset, size=None):
                              f"{tuple(getattr(images, 'shape', ()))}")
         count = 0 if images is None else len(images)
         if labels is not None and (not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.is_complex()
-                                   or labels.shape != (count,) or not count or labels.min() < 0 or labels.max() >= 2 ** 16):
+                                   or labels.shape != (count,) or not count or not 0 <= labels.long().min() <= labels.long().max() < 2 ** 16):
             raise InputError(f"{split} labels must be a tensor of {count} whole numbers from 0 to 65,535, one a picture, not "
                              f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(getattr(labels, 'shape', ()))}")
-        if masks is not None and (not isinstance(masks, torch.Tensor) or images is None or masks.shape != (count, *[size or images.shape[-1]] * 2)):
-            raise InputError(f"{split} masks must be a tensor ({count},H,W) at IMAGE_SIZE ({size}), not {tuple(getattr(masks, 'shape', ()))}")
+        sides = () if images is None else (size, size) if size else images.shape[-2:]
+        if masks is not None and tuple(getattr(masks, "shape", ())) != (count, *sides):
+            raise InputError(f"{split} masks must be a tensor {(count, *sides)}, one a picture at IMAGE_SIZE, not {tuple(getattr(masks, 'shape', ()))}")
     pictures = pictures._replace(**{name: getattr(pictures, name).long() for name in ("train_labels", "test_labels")
                                     if getattr(pictures, name) is not None})
     return pictures._replace(train_images=as_uint8(pictures.train_images, size), test_images=None
@@ -1613,13 +1614,15 @@ def save_checkpoint(path, model, optimizer, epoch, step, data="", steps_per_epoc
 def require_whole(states):
     """Raises ValueError where a checkpoint is not made as `save_checkpoint` makes it."""
     kinds = {"config": dict, "epoch": int, "step": int, "steps_per_epoch": int, "data": str, "untold": list, "random_states": list,
-             "optimizer_state_dict": dict, **dict.fromkeys(STATE_KEYS.values(), dict)}
+             "saved_at": float, "optimizer_state_dict": dict, **dict.fromkeys(STATE_KEYS.values(), dict)}
     for key, kind in kinds.items():
         if not isinstance(states, dict) or not isinstance(states.get(key), kind):
             raise ValueError(f"it has no {key}, or a broken one")
     epoch, step, steps_per_epoch = (states[key] for key in ("epoch", "step", "steps_per_epoch"))
-    if not 0 <= epoch <= step < 2 ** 53 or steps_per_epoch and not 0 <= step - epoch * steps_per_epoch <= steps_per_epoch:
+    if epoch < 0 or not 0 <= step < 2 ** 53 or steps_per_epoch and not 0 <= step - epoch * steps_per_epoch <= steps_per_epoch:
         raise ValueError(f"step {step} does not come after {epoch} epochs of {steps_per_epoch} steps")
+    if not 0 <= states["saved_at"] < 2 ** 53:
+        raise ValueError(f"it was saved at {states['saved_at']} seconds")
     for row in states["untold"]:
         if row.keys() != set(STEP_VALUES) or not all(type(value) is float for value in row.values()):
             raise ValueError("its untold steps are broken")
@@ -1629,16 +1632,22 @@ def require_whole(states):
                 raise ValueError(f"in its {key}, {name} is not a tensor of finite numbers")
 
 
+def open_checkpoint(path, **options):
+    """→ what torch.load finds in a file that needs no more memory than it is long; nothing in it is executed."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
+            raise ValueError("it would unpack to more than it is")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+
 def read_checkpoint(path):
     """→ the checkpoint as a dict of plain values and tensors on the CPU; nothing in the file is executed. Else InputError."""
     try:
+        states = open_checkpoint(path)
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > Path(path).stat().st_size:
-                raise ValueError("it would unpack to more than it is")
             damaged = archive.testzip()                          # torch does not compare the checksums that it writes
         if damaged:
             raise ValueError(f"its part {damaged} is damaged")
-        states = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                   # torch raises many kinds for a missing, broken or unsafe file
         raise InputError(f"{path} is not a readable checkpoint: {brief(error)}") from None
     try:
@@ -1646,9 +1655,9 @@ def read_checkpoint(path):
     except Exception as error:                                   # ValueError, or what an odd tensor cannot do
         raise InputError(f"{path} is no checkpoint of this program: {brief(error)}") from None
     try:
-        Config(**{**states["config"], "DEVICE": "cpu"})
-    except (InputError, TypeError) as error:
-        raise InputError(f"{path} holds settings that cannot be used: {error}") from None
+        states["config"] = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict()
+    except Exception as error:                                   # InputError, or a nest too deep to be shown
+        raise InputError(f"{path} holds settings that cannot be used: {brief(error)}") from None
     return states
 
 
@@ -1662,7 +1671,7 @@ def sizes(config):
 def load_checkpoint(path, model, optimizer=None):
     """Puts a checkpoint into a model of the same sizes, and into its optimizer and the random generators with it → the dict."""
     states = read_checkpoint(path)
-    saved, now = sizes(Config(**{**states["config"], "DEVICE": "cpu"})), sizes(model.config)
+    saved, now = sizes(Config(**states["config"])), sizes(model.config)
     if saved != now:
         raise InputError(f"{path} is of another size than this model: "
                          + "; ".join(f"{name}: saved {saved[name]}, now {now[name]}" for name in now if saved[name] != now[name]))
@@ -1672,6 +1681,8 @@ def load_checkpoint(path, model, optimizer=None):
         try:
             parameters, moments = [p for group in optimizer.param_groups for p in group["params"]], {}
             for i, state in states["optimizer_state_dict"]["state"].items():
+                if i not in range(len(parameters)):
+                    raise ValueError(f"AdamW's moments of parameter {i}, of which there is none")
                 shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
                 if {name: value.shape for name, value in state.items()} != shapes or any(
                         value.dtype != torch.float32 or not value.is_contiguous() for value in state.values()):
@@ -1687,11 +1698,11 @@ def load_checkpoint(path, model, optimizer=None):
     return states
 
 
-def fill(module, state, path):
-    """Puts a state dict from the checkpoint at path into a module. InputError where it does not fit."""
+def fill(module, state, path, assign=False):
+    """Puts a state dict from the checkpoint at path into a module, or into the place of its tensors. InputError where it does not fit."""
     try:
         own = module.state_dict()
-        module.load_state_dict({name: share_of(value, own.get(name)) for name, value in state.items()})
+        module.load_state_dict({name: share_of(value, own.get(name)) for name, value in state.items()}, assign=assign)
     except Exception as error:                                   # RuntimeError for other sizes; others for what is no tensor
         raise InputError(f"{path} is of another size than this model: {brief(error)}") from None
 
@@ -1699,20 +1710,16 @@ def fill(module, state, path):
 def load_backbone(path, device="cpu"):
     """→ the teacher's VisionTransformer of a checkpoint, in eval mode on device, built from the checkpoint's own config."""
     states = read_checkpoint(path)
-    config = Config(**{**states["config"], "DEVICE": str(device)})
     with torch.device("meta"):                                   # without memory, for which the file could ask without bound
-        shapes = {name: value.shape for name, value in build_backbone(config).state_dict().items()}
-    if {name: value.shape for name, value in states["teacher_state_dict"].items()} != shapes:
-        raise InputError(f"{path} is of another size than its own settings say")
-    backbone = build_backbone(config)
-    fill(backbone, states["teacher_state_dict"], path)
-    return backbone.to(device).eval()
+        backbone = build_backbone(Config(**{**states["config"], "DEVICE": str(device)}))
+    fill(backbone, states["teacher_state_dict"], path, assign=True)
+    return backbone.float().to(device).eval()
 
 
 def saved_at(path):
     """→ when a checkpoint was written, in seconds, also if the file has been copied since; infinite where it does not tell."""
     with suppress(Exception):                                    # the kinds that read_checkpoint names
-        return float(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["saved_at"])
+        return float(open_checkpoint(path, mmap=True)["saved_at"])
     return math.inf                                              # first in line, to be refused and named
 
 
@@ -1747,7 +1754,7 @@ class Report:
         self.every = max(1, min(50, self.total_steps // 100))
         self.path, self.history = Path(config.OUTPUT_DIR, "metrics.jsonl"), list(history)
         self.waiting, self.untold, self.skipped_in_a_row = [], list(untold), 0                    # steps' scalars on the device; then here
-        self.last_good = "there is none"                         # the checkpoint
+        self.last_good = ""                                      # the checkpoint to go back to
         self.skipped = sum(row["skipped"] for row in [r for r in history if r["event"] == "step"] + self.untold)
         if rank() == 0:
             write_safely(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
@@ -1816,13 +1823,14 @@ class Report:
             self.stop(f"the weights are not finite at step {self.step}")
 
     def stop(self, reason):
-        raise InputError(f"{reason}. The last good checkpoint: {self.last_good}. Go on with --resume and PRECISION fp32, or a lower LEARNING_RATE")
+        way = f"The last good checkpoint: {self.last_good}. Go on with --resume and" if self.last_good else "There is no checkpoint yet. Begin again with"
+        raise InputError(f"{reason}. {way} PRECISION fp32, or a lower LEARNING_RATE")
 
     @staticmethod
     def means(rows):
         """Dicts of steps or of records of several `steps` → their means, the skipped steps left out, and how many these were."""
         weights = [row.get("steps", 1) - row["skipped"] for row in rows]
-        names = [name for name in (rows or [dict.fromkeys(STEP_VALUES)])[0] if name not in ("event", "step", "steps")]
+        names = [name for name in rows[0] if name not in ("event", "step", "steps")]
         means = {name: sum(weight * row[name] for weight, row in zip(weights, rows) if weight) / max(sum(weights), 1) for name in names}
         return {**means, "skipped": sum(row["skipped"] for row in rows)}
 
@@ -1844,7 +1852,12 @@ class Report:
     def end_epoch(self, epoch, scores):
         """One aligned line and one record: means over the epoch's steps, and the evaluation if there was one."""
         first = (epoch - 1) * self.steps_per_epoch
-        means = self.means([row for row in self.history if row["event"] == "step" and row["step"] > first])
+        rows = [row for row in self.history if row["event"] == "step" and row["step"] > first]
+        if not rows:
+            self.record("epoch", epoch=epoch, step=self.step, **scores)
+            self.say(f"epoch {epoch:4d}  nothing is known of its steps: their records are lost")
+            return
+        means = self.means(rows)
         self.record("epoch", epoch=epoch, step=self.step, **means, **scores)
         self.say(f"epoch {epoch:4d}  img {means['img']:7.3f}  patch {means['patch']:7.3f}  koleo {means['koleo']:7.3f}  "
                  f"H(t) {means['teacher_entropy']:6.3f}  KL {means['kl']:6.3f}  prototypes {means['prototypes']:4.0%}"
@@ -2044,16 +2057,16 @@ def process_group(config):
 
 
 def shard(model):
-    """Splits the weights over the processes, in place: each block's come together for the moment in which it works (FSDP2), in
-    bf16 where autocast would make them so, since its own copies would stay until the backward pass."""
+    """Splits the weights over the processes, in place: those of each attention and each MLP come together for the moment in which
+    it works (FSDP2), in bf16 where autocast is on, whose own copies would stay until the backward pass."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")                  # into which nobody writes
     mesh = init_device_mesh(torch.device(model.config.DEVICE).type, (world_size(),))
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast(model.config)._enabled else MixedPrecisionPolicy()
     for part in (*model.student_parts(), *model.teacher_parts()):
-        for block in getattr(part, "blocks", ()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=bf16 if autocast(model.config)._enabled else MixedPrecisionPolicy())
+        for branch in (branch for block in getattr(part, "blocks", ()) for branch in (block.attention, block.mlp)):
+            fully_shard(branch.layer, mesh=mesh, reshard_after_forward=True, mp_policy=bf16)      # norms and LayerScale stay in fp32
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
@@ -2063,7 +2076,9 @@ def distribute(model):
     if world_size() == 1 or model.config.SHARD:
         return model
     unused = not model.config.MASK_RATIO                         # without masks nothing asks the patch head
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused, broadcast_buffers=False)  # they are the same
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
+    wrapped.broadcast_buffers = False                            # they are the same everywhere; new versions warn of it as an argument
+    return wrapped
 
 
 @contextmanager
@@ -2145,10 +2160,11 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
     records = [r for r in metrics if r.get("step", 0) <= step and r.get("epoch", 0) <= epochs]
     if states["data"] != data:
         raise InputError(f"{path} was trained on {states['data']}, these pictures are {data}; give DATASET the same ones")
-    saved, before = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict(), states["steps_per_epoch"]
+    saved, before = states["config"], states["steps_per_epoch"]
     if not before:
         raise InputError(f"{path} was not saved by a run, so that there is no place in an epoch to go on from; load_checkpoint takes it")
-    unfinished = config.TOTAL_EPOCHS == saved["TOTAL_EPOCHS"] and not any(r["event"] == "final" for r in records)
+    here = Path(path).parent.resolve() == Path(config.OUTPUT_DIR).resolve()
+    unfinished = here and config.TOTAL_EPOCHS == saved["TOTAL_EPOCHS"] and not any(r["event"] == "final" for r in records)
     if epochs > config.TOTAL_EPOCHS or epochs == config.TOTAL_EPOCHS and not unfinished:
         raise InputError(f"{path} has done {epochs} epochs of TOTAL_EPOCHS ({config.TOTAL_EPOCHS}); raise it to go on")
     now = config.to_dict()
@@ -2161,8 +2177,8 @@ def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):
         print(f"an epoch has {steps_per_epoch:,} steps now, not {before:,}: going on at the beginning of epoch {epochs + 1}")
         records = [{**r, "step": r["step"] * steps_per_epoch // before} if "step" in r else r for r in records if r.get("step", 0) <= epochs * before]
         step, untold = epochs * steps_per_epoch, []
-    if rank() == 0 and config.RESUME != "newest" and Path(path).parent.resolve() == Path(config.OUTPUT_DIR).resolve():
-        put_aside(config.OUTPUT_DIR, path, metrics)
+    if rank() == 0 and config.RESUME != "newest":
+        put_aside(config.OUTPUT_DIR, path if here else None, metrics)
     return epochs, step, [r for r in records if r["event"] != "final"], untold
 
 
@@ -2171,7 +2187,8 @@ def put_aside(folder, kept=None, metrics=()):
     go on from, only checkpoints that are newer, with a copy of the metrics, since "newest" must not find them any more."""
     old = [p for p in (*Path(folder).glob("dinov2_*.pth"), Path(folder, "metrics.jsonl")) if p.exists() and p.stat().st_size]
     if kept is not None:
-        old = [p for p in old if p.suffix == ".pth" and saved_at(p) > saved_at(kept)]
+        since = saved_at(kept)
+        old = [p for p in old if p.suffix == ".pth" and saved_at(p) > since]
     if old:
         aside = Path(tempfile.mkdtemp(prefix=time.strftime("earlier-%Y%m%d-%H%M%S-"), dir=folder))
         for path in old:
@@ -2186,10 +2203,10 @@ def read_metrics(path):
     needs = {"start": {"config"}, "baseline": set(), "step": {"step", "steps", *STEP_VALUES}, "epoch": {"epoch", "step"}, "final": {"seconds"}}
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, TypeError, KeyError, AttributeError):
+        with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             record = json.loads(line)
             kinds = {type(value) for name, value in record.items() if name not in ("event", "data", "torch", "config")}
-            if needs[record["event"]] <= record.keys() and kinds <= {int, float}:
+            if needs[record["event"]] <= record.keys() and kinds <= {int, float} and abs(record.get("steps", 0)) < 2 ** 53:
                 records.append(record)
     return records
 
@@ -2224,18 +2241,17 @@ def train_in_folder(c, dataset):
         raise InputError("SHARD (True) needs several processes; start with torchrun --nproc-per-node 2, or more, or leave it out")
     require_room(c)
     checkpoint = of_all(None if rank() else find_checkpoint(c))[0]
-    waits = int(os.environ.get("LOCAL_RANK") or rank()) > 0      # for the one of its machine that perhaps downloads
-    if waits:
-        of_all("ready")
-    pictures = prepare_pictures(c, dataset)
-    if not waits:
+    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2                  # one of each machine may have to download
+    for now in range(3):
+        if now == turn:
+            pictures = prepare_pictures(c, dataset)
         of_all("ready")
     torch.manual_seed(c.SEED)
     mean, std = pixel_statistics(pictures.train_images)
-    seen = of_all((pictures.name, len(pictures.train_images), mean, std))
+    seen = of_all((pictures.name, len(pictures.train_images), mean, std, *[None if part is None else len(part) for part in pictures[1:4]]))
     if seen != seen[:1] * len(seen):
-        raise InputError(f"the processes have different pictures: {'; '.join(f'{count:,} of {name}' for name, count, *_ in seen)}; give all "
-                         "machines the same DATASET, DATA_PATH and files")
+        raise InputError(f"the processes have different pictures, if not in name and number then in pixels or test pictures: "
+                         f"{'; '.join(f'{count:,} of {name}' for name, count, *_ in seen)}; give all machines the same DATASET, DATA_PATH and files")
     model = make_model(c, mean, std)
     seed_apart(c.SEED)
     optimizer, transform = make_optimizer(model), make_transform(c, mean, std)
@@ -2249,14 +2265,14 @@ def train_in_folder(c, dataset):
     history = of_all(history)[0]                                 # process 0 is the one that writes it again
     report = Report(c, steps_per_epoch, step, history, untold)
     if checkpoint:
-        report.last_good = f"{checkpoint}, step {step:,}"
+        report.last_good = str(checkpoint)
     print(describe(c, model, pictures, report.total_steps))
     evaluates = pictures.train_labels is not None and pictures.test_labels is not None
     if not evaluates:
         print("no labelled training and test pictures: evaluation is left out")
     baseline = next((record for record in history if record["event"] == "baseline"), {})
     if not history:
-        if evaluates and not step:                               # else metrics.jsonl is lost, and the untrained network with it
+        if evaluates and checkpoint is None:                     # else metrics.jsonl is lost, and the untrained network with it
             baseline = {**evaluate(model, pictures, linear=True), "raw_pixels_knn": raw_pixel_accuracy(pictures, mean, std)}
         report.record("start", data=pictures.name, torch=torch.__version__, config=c.to_dict())
         report.record("baseline", **baseline)
@@ -2278,7 +2294,7 @@ def train_in_folder(c, dataset):
                     save_epoch(model, optimizer, epoch, report, pictures.name)
                     saved = time.perf_counter()
                     leave_if(wanted, report)
-            report.require_finite(model)
+            report.require_finite(model)                         # before it is measured
             due, last = c.EVAL_EVERY and (epoch + 1) % c.EVAL_EVERY == 0, epoch + 1 == c.TOTAL_EPOCHS
             report.end_epoch(epoch + 1, evaluate(model, pictures, linear=last) if evaluates and (due or last) else {})
             save_epoch(model, optimizer, epoch + 1, report, pictures.name)

@@ -555,6 +555,12 @@ def test_a_data_set_that_cannot_work_is_refused_before_any_long_work(make, small
         train_dinov2(small(), dataset=data)
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint64, torch.bool], ids=str)
+def test_labels_of_any_whole_kind_are_taken(kind, shapes):
+    labels = shapes[1].clamp(max=1).to(kind)
+    assert torch.equal(as_pictures((shapes[0], labels)).train_labels, shapes[1].clamp(max=1))
+
+
 def test_a_test_set_of_nothing_is_refused(shapes):
     with pytest.raises(InputError, match="test images must be"):
         as_pictures((*shapes[:2], shapes[2][:0], shapes[3][:0]))

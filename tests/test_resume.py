@@ -171,10 +171,11 @@ def test_lost_or_broken_records_do_not_stop_a_run_and_nothing_is_made_up(whole, 
     model = train_dinov2(settings(tmp_path / "lost", RESUME="newest"), dataset=shapes)
     rows = told(tmp_path / "lost")
     assert same(model.state_dict(), whole[0]) and [row for row in rows if row["event"] == "baseline"] == [{"event": "baseline"}]
+    assert next(row for row in rows if row["event"] == "epoch").keys() == {"event", "epoch", "step", "knn", "rank"}
     assert "before training" not in capsys.readouterr().out.split("going on after")[1]
     lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     odd = [b"3", b"[1]", b"{}", b'"text"', b'{"event": "step", "step": 1}', b'{"event": ["step"]}', b'{"event": "epoch", "epoch": "x", "step": 8}',
-           b"\xff\xfe", b'{"event": "baseline", "knn": "x"}', b'{"event": "step"', lines[2].replace(b'"step": 1', b'"step": "1"')]
+           b"\xff\xfe", b'{"event": "baseline", "knn": "x"}', b'{"event": "step"', b"[" * 100_000, lines[2].replace(b'"step": 1', b'"step": "1"')]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(odd + lines) + b"\n")
     model = train_dinov2(settings(tmp_path, RESUME="newest"), dataset=shapes)
     assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
@@ -237,6 +238,17 @@ def test_going_back_to_an_older_checkpoint_puts_the_newer_ones_aside(whole, shap
     assert same(model.state_dict(), whole[0]) and told(tmp_path) == whole[1]
     (aside,) = tmp_path.glob("earlier-*")
     assert sorted(path.name for path in aside.iterdir()) == ["dinov2_final.pth", "dinov2_last.pth", "metrics.jsonl"] and told(aside) == whole[1]
+
+
+def test_going_on_from_elsewhere_puts_the_run_that_was_here_aside(shapes, tmp_path):
+    for name in ("a", "b"):
+        train_dinov2(settings(tmp_path / name, TOTAL_EPOCHS=1, SEED=ord(name)), dataset=shapes)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir() if path.suffix in (".pth", ".jsonl")}
+    train_dinov2(settings(tmp_path / "b", TOTAL_EPOCHS=2, SEED=ord("a"), RESUME=str(tmp_path / "a" / "dinov2_last.pth")), dataset=shapes)
+    (aside,) = (tmp_path / "b").glob("earlier-*")
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == before
+    with pytest.raises(InputError, match="has done 1 epochs"):
+        train_dinov2(settings(tmp_path / "c", TOTAL_EPOCHS=1, RESUME=str(tmp_path / "a" / "dinov2_last.pth")), dataset=shapes)
 
 
 def test_fewer_epochs_than_are_done_are_refused(shapes, tmp_path, monkeypatch):
@@ -470,5 +482,5 @@ def test_weights_that_are_not_finite_are_neither_measured_nor_saved(shapes, tmp_
     networks.clear()
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: networks[0].student.cls_token.data.fill_(math.inf))
-        with pytest.raises(InputError, match="The last good checkpoint: there is none"):
+        with pytest.raises(InputError, match="There is no checkpoint yet. Begin again with PRECISION fp32"):
             train_dinov2(settings(tmp_path / "other"), dataset=shapes)

@@ -7,6 +7,7 @@ import pickle
 import random
 import warnings
 import zipfile
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -116,29 +117,45 @@ def moments(states):
     return states["optimizer_state_dict"]["state"][0]
 
 
-HOSTILE = {  # what each does to a whole checkpoint
-    "a negative epoch": lambda s: s.update(epoch=-1), "a negative step": lambda s: s.update(step=-5), "a step far away": lambda s: s.update(step=10 ** 12),
-    "no steps": lambda s: s.pop("steps_per_epoch"), "steps of text": lambda s: s.update(steps_per_epoch="x"), "no number of steps": lambda s: s.update(steps_per_epoch=0),
-    "untold text": lambda s: s.update(untold=["x"]), "untold names": lambda s: s.update(untold=[{"skipped": 0.0}]),
-    "untold words": lambda s: s.update(untold=[dict.fromkeys(dinov2_cifar.STEP_VALUES, "x")]),
-    "moments of another shape": lambda s: moments(s).update(exp_avg=torch.zeros(3)), "half of the moments": lambda s: moments(s).pop("exp_avg"),
-    "moments of one number": lambda s: moments(s).update(exp_avg=torch.zeros(1).expand(moments(s)["exp_avg"].shape)),
-    "moments of another kind": lambda s: moments(s).update(exp_avg=moments(s)["exp_avg"].double()), "moments of text": lambda s: moments(s).update(step="x"),
-    "moments of nothing": lambda s: s["optimizer_state_dict"]["state"].update({999: moments(s)}),
-    "NumPy beyond its numbers": lambda s: s.update(random_states=[{**s["random_states"][0], "numpy": (*s["random_states"][0]["numpy"][:2], 10 ** 8, 0, 0.0)}]),
-    "weights that are not finite": lambda s: s["student_state_dict"]["cls_token"].fill_(math.nan),
-    "weights of one number": lambda s: s["student_state_dict"].update(cls_token=torch.zeros(1).expand(10 ** 9)),
-    "sparse weights": lambda s: s["student_state_dict"].update(cls_token=s["student_state_dict"]["cls_token"].to_sparse()),
-    "no weights": lambda s: s["student_state_dict"].clear(), "other heads": lambda s: s["config"].update(MODEL_DIMS={"tiny": (32, 2, 4)})}
+HOSTILE = {  # what each does to a whole checkpoint, and what is said of it
+    "nothing": (lambda s: None, None),
+    "a negative epoch": (lambda s: s.update(epoch=-1), "does not come after"), "a negative step": (lambda s: s.update(step=-5), "does not come after"),
+    "a step far away": (lambda s: s.update(step=10 ** 12), "does not come after"), "no steps": (lambda s: s.pop("steps_per_epoch"), "no steps_per_epoch"),
+    "steps of text": (lambda s: s.update(steps_per_epoch="x"), "no steps_per_epoch"), "saved outside a run": (lambda s: s.update(steps_per_epoch=0), "by a run"),
+    "no time": (lambda s: s.pop("saved_at"), "no saved_at"), "a time of no number": (lambda s: s.update(saved_at=math.nan), "saved at nan"),
+    "untold text": (lambda s: s.update(untold=["x"]), "no checkpoint"), "untold names": (lambda s: s.update(untold=[{"skipped": 0.0}]), "untold"),
+    "untold words": (lambda s: s.update(untold=[dict.fromkeys(dinov2_cifar.STEP_VALUES, "x")]), "untold"),
+    "moments of another shape": (lambda s: moments(s).update(exp_avg=torch.zeros(3)), "not of its shape"),
+    "half of the moments": (lambda s: moments(s).pop("exp_avg"), "not of its shape"),
+    "moments of one number": (lambda s: moments(s).update(exp_avg=torch.zeros(1).expand(moments(s)["exp_avg"].shape)), "not of its shape"),
+    "moments of another kind": (lambda s: moments(s).update(exp_avg=moments(s)["exp_avg"].double()), "not of its shape"),
+    "moments of text": (lambda s: moments(s).update(step="x"), "no state to go on from"),
+    "moments of nothing": (lambda s: s["optimizer_state_dict"]["state"].update({999: moments(s)}), "of which there is none"),
+    "moments from behind": (lambda s: s["optimizer_state_dict"]["state"].update({-1: moments(s)}), "of which there is none"),
+    "NumPy beyond its numbers": (lambda s: s.update(random_states=[{**s["random_states"][0], "numpy": (*s["random_states"][0]["numpy"][:2], 10 ** 8, 0, 0.0)}]),
+                                 "no place in its 624"),
+    "weights that are not finite": (lambda s: s["student_state_dict"]["cls_token"].fill_(math.nan), "not a tensor of finite"),
+    "weights of one number": (lambda s: s["student_state_dict"].update(cls_token=torch.zeros(1).expand(10 ** 9)), "not a tensor of finite"),
+    "sparse weights": (lambda s: s["student_state_dict"].update(cls_token=s["student_state_dict"]["cls_token"].to_sparse()), "no checkpoint"),
+    "no weights": (lambda s: s["student_state_dict"].clear(), "another size"),
+    "a deep setting": (lambda s: s["config"].update(SEED=deep(50)), "settings that cannot be used"),
+    "other heads": (lambda s: s["config"].update(MODEL_DIMS={"tiny": (32, 2, 4)}), "another size")}
 
 
-@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
-def test_nothing_hostile_is_gone_on_from(change, checkpoint, shapes, tmp_path):
+def deep(levels):
+    return [deep(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize("change, said", HOSTILE.values(), ids=HOSTILE.keys())
+def test_nothing_hostile_is_gone_on_from(change, said, checkpoint, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(dinov2_cifar, "finish", lambda *args: None)
     states = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
+    states.update(data="your pictures")
     change(states)
     torch.save(states, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="x.pth"):
-        train_dinov2(Config(**{**SMALL, "OUTPUT_DIR": str(tmp_path / "out"), "RESUME": str(tmp_path / "x.pth")}), dataset=shapes)
+    config = Config(**{**SMALL, "OUTPUT_DIR": str(tmp_path / "out"), "RESUME": str(tmp_path / "x.pth"), "TOTAL_EPOCHS": 2})
+    with pytest.raises(InputError, match=f"x.pth.*{said}") if said else nullcontext():
+        train_dinov2(config, dataset=shapes)
 
 
 def test_settings_of_the_optimizer_are_the_runs_own(checkpoint, tmp_path):
@@ -166,6 +183,7 @@ def test_a_checkpoint_cannot_ask_for_more_memory_than_it_is_long(checkpoint, tmp
         for entry in whole.infolist():
             packed.writestr(entry.filename, whole.read(entry))
     assert all("unpack to more than it is" in message for message in tries(path, *checkpoint[1:])) and len(tries(path, *checkpoint[1:])) == 2
+    assert dinov2_cifar.saved_at(path) == math.inf               # not unpacked for that either
     torch.save({**states, "config": {**states["config"], "MODEL_DIMS": {"tiny": (16384, 900, 2)}}}, path)  # 2.9 trillion weights
     assert all("of another size than" in message for message in tries(path, *checkpoint[1:])) and len(tries(path, *checkpoint[1:])) == 2
 
