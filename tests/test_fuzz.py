@@ -92,6 +92,7 @@ def words(rng, name, value):
     return [flag] if kind < 0.04 else [f"{flag}={text}"] if kind < 0.5 else [flag, text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(GROUPS))
 @pytest.mark.parametrize("way", ["flags", "constants"])
 def test_whatever_is_asked_for_a_run_takes_a_step_or_says_in_one_line_why_not(way, group, quickly, capsys, tmp_path):

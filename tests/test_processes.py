@@ -18,7 +18,7 @@ import dinov2_cifar
 from dinov2_cifar import (Config, DINOv2, draw_masks, load_checkpoint, make_optimizer, make_shapes, read_checkpoint, read_metrics,
                           save_checkpoint, train_step)
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="no gloo")]
 in_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 
 

@@ -346,6 +346,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_what_was_saved(limit, named,
     assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, rarely):
     """Every other kill waits for a save: the child is stopped, and killed if a file is half written, else it goes on."""

@@ -263,6 +263,7 @@ def test_bad_input_ends_with_code_2_and_one_line_before_any_training(words, want
     assert len(lines) == 1 and lines[0].startswith("error: ") and wanted in lines[0]
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_as_a_process(tmp_path):
     done = subprocess.run([sys.executable, SCRIPT, *flags({**SMALL, "BATCH_SIZE": 256, "EVAL_EVERY": 0, "OUTPUT_DIR": str(tmp_path)})],
                           capture_output=True, text=True, cwd=tmp_path)

@@ -50,6 +50,7 @@ def test_a_whole_checkpoint_is_taken(checkpoint, tmp_path):
     assert not tries(tmp_path / "x.pth", *checkpoint[1:])
 
 
+@pytest.mark.slow
 def test_two_hundred_broken_checkpoints_are_refused_or_loaded_but_never_a_traceback(checkpoint, tmp_path):
     draw, path, refused = random.Random(0), tmp_path / "x.pth", 0
     for case in range(200):
@@ -67,6 +68,7 @@ def test_two_hundred_broken_checkpoints_are_refused_or_loaded_but_never_a_traceb
     assert refused > 190                                         # a bit may fall between the parts of the file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [None, 7, "text", [], {}, {"x": 1}, torch.zeros(3), float("nan"), -1], ids=str)
 def test_a_checkpoint_with_wrong_contents_is_refused(wrong, checkpoint, tmp_path):
     whole = torch.load(io.BytesIO(checkpoint[0]), weights_only=True)
@@ -146,6 +148,7 @@ def deep(levels):
     return [deep(levels - 1)] if levels else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, said", HOSTILE.values(), ids=HOSTILE.keys())
 def test_nothing_hostile_is_gone_on_from(change, said, checkpoint, shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(dinov2_cifar, "finish", lambda *args: None)
