@@ -1991,10 +1991,14 @@ def require_room(config):
             raise InputError(f"at least {need / 2 ** 30:,.1f} GiB, more than the {memory_of(c.DEVICE) / 2 ** 30:.1f} there, are needed for {what}")
 
 
+def uses_bf16(config):
+    """True where PRECISION means bfloat16 on this device."""
+    return config.PRECISION == "bf16" or config.PRECISION == "auto" and bfloat16_is_fast(config.DEVICE)
+
+
 def autocast(config):
     """→ the context in which networks run: bfloat16 for matrix products, or plain fp32 (PRECISION)."""
-    bf16 = config.PRECISION == "bf16" or config.PRECISION == "auto" and bfloat16_is_fast(config.DEVICE)
-    return torch.autocast(torch.device(config.DEVICE).type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(torch.device(config.DEVICE).type, torch.bfloat16, enabled=uses_bf16(config))
 
 
 def keep_freed_memory():
@@ -2063,10 +2067,10 @@ def shard(model):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")                  # into which nobody writes
     mesh = init_device_mesh(torch.device(model.config.DEVICE).type, (world_size(),))
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if autocast(model.config)._enabled else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if uses_bf16(model.config) else MixedPrecisionPolicy()  # of weights, of gradients' sums
     for part in (*model.student_parts(), *model.teacher_parts()):
         for branch in (branch for block in getattr(part, "blocks", ()) for branch in (block.attention, block.mlp)):
-            fully_shard(branch.layer, mesh=mesh, reshard_after_forward=True, mp_policy=bf16)      # norms and LayerScale stay in fp32
+            fully_shard(branch.layer, mesh=mesh, reshard_after_forward=True, mp_policy=policy)    # norms and LayerScale stay in fp32
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
@@ -2140,7 +2144,7 @@ def describe(config, model, pictures, steps):
     million = [sum(p.numel() for p in part.parameters()) / 1e6 for part in model.student_parts()]
     return (f"{c.MODEL_SIZE} ViT of {million[0]:.1f} M parameters, heads {million[1]:.1f} + {million[2]:.1f} M; {patches_per_picture(c)} patches in "
             f"{c.GLOBAL_CROPS_NUMBER} + {c.LOCAL_CROPS_NUMBER} crops a picture; {len(pictures.train_images):,} pictures of {pictures.name}; "
-            f"{steps:,} steps of {pictures_per_step(c):,}; {c.DEVICE}, {'bf16' if autocast(c)._enabled else 'fp32'}")
+            f"{steps:,} steps of {pictures_per_step(c):,}; {c.DEVICE}, {'bf16' if uses_bf16(c) else 'fp32'}")
 
 
 def start_or_resume(config, path, model, optimizer, data, steps_per_epoch):

@@ -183,17 +183,12 @@ def evaluation_interval(epochs):
     return max(1, round(epochs / 5))
 
 
-def pictures_per_step(config):
-    """→ pictures of a step of one process; config: as metrics.jsonl has it."""
-    return config["BATCH_SIZE"] * config["ACCUMULATE"]
-
-
 def training_clock(records, starts):
     """records of metrics.jsonl → {step: seconds of training up to it}, without evaluations, first steps and interruptions.
 
     starts: the steps at which the run was started: 0, and those of the checkpoints that it went on from.
     """
-    batch = pictures_per_step(next(r for r in records if r["event"] == "start")["config"])
+    batch = dinov2.pictures_per_step(SimpleNamespace(**next(r for r in records if r["event"] == "start")["config"]))
     evaluated = {r["step"] for r in records if r["event"] == "epoch" and "knn" in r}
     steps, windows, before, before_now = [r for r in records if r["event"] == "step"], [], 0, 0.0
     for record in steps:
@@ -218,7 +213,7 @@ def read_run(folder, starts, epochs):
     last, clock, config = scored[-1], training_clock(records, starts), config["config"]
     return {**{key: last[key] for key in ("knn", "linear", "rank", "iou") if key in last},
             "entropy": last["teacher_entropy"] / math.log(config["PROJECTION_DIM"]),
-            "steps": last["step"], "seconds": clock[last["step"]], "pictures_per_second": last["step"] * pictures_per_step(config) / clock[last["step"]],
+            "steps": last["step"], "seconds": clock[last["step"]], "pictures_per_second": last["step"] * dinov2.pictures_per_step(SimpleNamespace(**config)) / clock[last["step"]],
             "curve": [[0.0, baseline["knn"]], *([clock[r["step"]] / 60, r["knn"]] for r in scored)],
             "baseline": {key: value for key, value in baseline.items() if key != "event"}}
 
@@ -665,7 +660,7 @@ def benchmark(arguments):
     shown, _ = choose_rows([row.name for row in ROWS], base)     # earlier runs of rows that are not asked for now
     print("\n".join(lines), end="\n" * bool(lines))
     machine = throughput.describe(throughput.Setup(arguments.device, 0, "", any(is_lightly(row) for row in rows)))
-    machine["precision"] = "bf16" if dinov2.autocast(dinov2.Config(**base))._enabled else "fp32"
+    machine["precision"] = "bf16" if dinov2.uses_bf16(dinov2.Config(**base)) else "fp32"
     del machine["repeats"]
     setup = Setup(base, arguments.minutes, data_mark(base), machine, arguments.work, arguments.at_once)
     setup.work.mkdir(parents=True, exist_ok=True)
