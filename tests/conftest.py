@@ -1,17 +1,20 @@
 """What the tests share: a network small enough for seconds, a run small enough for seconds, every device that is here."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are slower with more
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from dinov2_cifar import Config, make_shapes  # noqa: E402
 
-SMALL = dict(MODEL_SIZE="tiny", MODEL_DIMS={"tiny": (32, 2, 2)}, PATCH_SIZE=8, LOCAL_CROP_SIZE=16, LOCAL_CROPS_NUMBER=2,
+SMALL = dict(MODEL_SIZE="tiny", MODEL_DIMS={"tiny": {"dim": 32, "depth": 2, "heads": 2}}, PATCH_SIZE=8, LOCAL_CROP_SIZE=16, LOCAL_CROPS_NUMBER=2,
              PROJECTION_DIM=16, HEAD_HIDDEN_DIM=32, HEAD_BOTTLENECK_DIM=16, BATCH_SIZE=8, TOTAL_EPOCHS=1, DEVICE="cpu",
              PRECISION="fp32", COMPILE=False, DATASET="shapes")
 
@@ -28,11 +31,11 @@ def seed():
 
 @pytest.fixture
 def small(tmp_path):
-    """→ a maker of small configs that write below a temporary folder: small(LAMBDA_IMG=0.0)."""
+    """Return a maker of small configs that write below a temporary folder: small(LAMBDA_IMG=0.0)."""
     return lambda **overrides: Config(**{**SMALL, "OUTPUT_DIR": str(tmp_path / "out"), **overrides})
 
 
 @pytest.fixture(scope="session")
 def shapes():
-    """→ 64 training and 32 test pictures with their labels, for `train_dinov2(config, dataset=shapes)`."""
+    """Return 64 training and 32 test images with their labels, for train_dinov2(config, dataset=shapes)."""
     return (*make_shapes(64, 32, seed=0), *make_shapes(32, 32, seed=1))

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT, SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinov2_cifar import DINOv2, make_shapes
+import dense_probe
+from dinov2_cifar import DINOv2, make_model, make_optimizer, make_shapes, save_checkpoint
 
 spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
 throughput = importlib.util.module_from_spec(spec)
@@ -16,7 +17,9 @@ spec.loader.exec_module(throughput)
 
 @pytest.mark.parametrize("patch_size, registers", [(4, 0), (8, 2)])
 def test_the_formula_counts_what_torch_counts_for_networks_that_leave_nothing_out(small, patch_size, registers):
-    c = small(MODEL_DIMS={"tiny": (64, 3, 2)}, PATCH_SIZE=patch_size, REGISTER_TOKENS=registers, LOCAL_CROPS_NUMBER=3)
+    dims = {"tiny": {"dim": 64, "depth": 3, "heads": 2}}
+    c = small(MODEL_DIMS=dims, PATCH_SIZE=patch_size, REGISTER_TOKENS=registers,
+              LOCAL_CROPS_NUMBER=3)
     model = DINOv2(c)
     crops, small_crops, masked = torch.randn(2 * 8, 3, 32, 32), torch.randn(3 * 8, 3, 16, 16), 20
     with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:        # torch counts no fused attention
@@ -29,9 +32,10 @@ def test_the_formula_counts_what_torch_counts_for_networks_that_leave_nothing_ou
 
 @pytest.fixture
 def job(tmp_path):
-    torch.save(make_shapes(32)[0], tmp_path / "pictures.pt")
+    torch.save(make_shapes(32)[0], tmp_path / "images.pt")
     config = {name: value for name, value in SMALL.items() if name != "DATASET"}
-    return {"config": config, "pictures": tmp_path / "pictures.pt", "by": "ours", "repeats": 2, "device": "cpu"}
+    return {"config": config, "images": tmp_path / "images.pt", "by": "ours", "repeats": 2,
+            "device": "cpu"}
 
 
 def test_a_step_executes_less_than_the_standard_network_but_for_what_torch_does_not_count(job):
@@ -53,11 +57,27 @@ def test_a_spread_is_shown_as_its_median_between_its_ends():
     assert [throughput.shown(value) for value in (12345.6, 0.012345, 0.0, "ours")] == ["12,346", "0.0123", "0.0", "ours"]
 
 
-def test_a_long_run_is_steady_where_neither_memory_nor_open_files_grow():
-    import steady
-    calm = [(500.0 + 900 * (i < 10) + i % 3, 4) for i in range(100)]                              # the warm-up may take what it likes
-    assert steady.summary(calm, 10) == {"peak_mib": [1402.0] + 9 * [502.0], "median_mib": [1401.0] + 9 * [501.0], "open_files": 10 * [4],
-                                        "spread_after_first": {"peak": 0.0, "median": 0.0}, "flat": True}
-    assert not steady.summary([(500.0 + 0.2 * i, 4) for i in range(100)], 10)["flat"]             # 3.6 % between the second and the last
-    assert steady.summary([(500.0 + 0.05 * i, 4) for i in range(100)], 10)["flat"]
-    assert not steady.summary([(500.0, 4 + i // 50) for i in range(100)], 10)["flat"]
+def test_dense_probe_finds_the_masks_of_the_same_images_only():
+    masks = torch.rand(200, 1, 4, 4).round().bool()
+    masks = masks.expand(200, 2, 4, 4).reshape(200, 8, 4)[:, :4]  # (200,4,4)
+    patches = masks.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2).float()  # (200,4,4)
+    features = torch.cat([1 - 2 * patches, torch.randn(200, 4, 2)], 2)
+    train, test = slice(0, 150), slice(150, 200)
+    probe_data = (features[train], masks[train], features[test])
+    assert dense_probe.dense_probe(*probe_data, masks[test]) == 1.0
+    assert dense_probe.dense_probe(*probe_data, masks[test].flip(0)) < 0.5
+
+
+def test_dense_probe_prints_the_iou_of_both_networks(small, tmp_path, capsys):
+    c = small()
+    model = make_model(c, [0.5] * 3, [0.25] * 3)
+    torch.nn.init.zeros_(model.teacher.norm.weight)  # all patch tokens are equal
+    save_checkpoint(tmp_path / "c.pth", model, make_optimizer(model), epoch=0, step=0)
+    dense_probe.main([str(tmp_path / "c.pth"), "--images", "200", "--device", "cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    untrained, trained = (float(line.split()[-1].rstrip("%")) for line in lines)
+    assert lines[0].startswith("untrained network") and lines[1].startswith("trained teacher")
+    background = 1 - make_shapes(50, 32, 1, masks=True)[2].float().mean().item()
+    assert trained == pytest.approx(50 * background, abs=0.1) and untrained > trained + 2
+    with pytest.raises(SystemExit, match="2"):
+        dense_probe.main([str(tmp_path / "missing.pth")])

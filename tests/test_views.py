@@ -1,4 +1,4 @@
-"""The views: each operation against torchvision's, each picture on its own, one pipeline for pictures and batches."""
+"""The views: operations against torchvision's, one pipeline for single images and batches."""
 
 import math
 
@@ -9,21 +9,25 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import dinov2_cifar
-from dinov2_cifar import (InputError, MultiCropDataset, MultiCropTransform, adjust_brightness, adjust_contrast, adjust_hue,
-                          adjust_saturation, crop_and_resize, make_shapes, random_boxes, resize_weights, to_gray)
+from dinov2_cifar import (
+    InputError, MultiCropDataset, MultiCropTransform, adjust_brightness, adjust_contrast,
+    adjust_hue, adjust_saturation, make_shapes, random_crop_boxes, resize_matrix, resized_crop,
+    rgb_to_grayscale)
 
 STILL = dict(flip=False, jitter_prob=0.0, grayscale_prob=0.0)    # a crop and nothing else
-PLAIN = dict(mean=(0.0,) * 3, std=(1.0,) * 3)                    # without normalisation
+PLAIN = dict(mean=(0.0,) * 3, std=(1.0,) * 3)                    # not normalized
 
 
 def column(values, device="cpu"):
     return torch.tensor(values, device=device).view(-1, 1, 1, 1)
 
 
-def colourful(count, height, width, device="cpu"):
-    """Random pixels, with gray, black, white and primary ones among them, where hue and chroma have corners."""
+def colorful(count, height, width, device="cpu"):
+    """Return random images with some gray, black, white and primary pixels, the corners of hue."""
     images = torch.rand(count, 3, height, width)
-    corners = torch.tensor([[0, 0, 0], [1, 1, 1], [0.5] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0.2, 0.7, 0.7]])
+    corners = [[0, 0, 0], [1, 1, 1], [0.5] * 3, [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0],
+               [0.2, 0.7, 0.7]]
+    corners = torch.tensor(corners)
     images[:, :, 0, :len(corners)] = corners.T
     return images.to(device)
 
@@ -42,18 +46,19 @@ def crops_of(images, seed=0, **settings):
     (adjust_saturation, TF.adjust_saturation, [0.0, 0.3, 1.0, 1.7], 1e-6),
     (adjust_hue, TF.adjust_hue, [-0.5, -0.08, 0.0, 0.31], 1e-5),
 ], ids=["brightness", "contrast", "saturation", "hue"])
-def test_a_colour_adjustment_is_torchvision_s_with_a_factor_for_each_picture(ours, theirs, factors, tolerance, device):
-    images = colourful(len(factors), 9, 13, device)
+def test_color_adjustments_are_torchvisions(ours, theirs, factors, tolerance, device):
+    images = colorful(len(factors), 9, 13, device)
     expected = torch.stack([theirs(image, factor) for image, factor in zip(images, factors)])
     torch.testing.assert_close(ours(images, column(factors, device)), expected, atol=tolerance, rtol=0)
 
 
-def test_to_gray_is_torchvision_s():
-    images = colourful(3, 9, 13)
-    torch.testing.assert_close(to_gray(images), TF.rgb_to_grayscale(images), atol=1e-6, rtol=0)
+def test_rgb_to_grayscale_is_torchvisions():
+    images = colorful(3, 9, 13)
+    expected = TF.rgb_to_grayscale(images)
+    torch.testing.assert_close(rgb_to_grayscale(images), expected, atol=1e-6, rtol=0)
 
 
-def test_values_by_hand():
+def test_color_adjustments_by_hand():
     red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     assert torch.allclose(adjust_hue(red, column([1 / 3])).flatten(), torch.tensor([0.0, 1.0, 0.0]), atol=1e-6)
     assert torch.allclose(adjust_hue(red, column([0.5])).flatten(), torch.tensor([0.0, 1.0, 1.0]), atol=1e-6)
@@ -66,34 +71,35 @@ def test_values_by_hand():
 @pytest.mark.parametrize("shape", [(32, 32), (37, 29), (20, 64)], ids=str)
 @pytest.mark.parametrize("size", [8, 32, 48])
 @pytest.mark.parametrize("scale", [(0.02, 0.2), (0.3, 1.0)], ids=str)
-def test_a_crop_is_torchvision_s_resized_crop_and_flip(shape, size, scale, device):
+def test_resized_crop_is_torchvisions_with_a_flip(shape, size, scale, device):
     count = 8
-    images, flip = colourful(count, *shape, device), torch.arange(count, device=device) % 2 == 1
-    boxes = random_boxes(count, *shape, scale, device)
+    images, flip = colorful(count, *shape, device), torch.arange(count, device=device) % 2 == 1
+    boxes = random_crop_boxes(count, *shape, scale, device)
     expected = []
     for image, flipped, *box in zip(images, flip, *boxes):
         crop = TF.resized_crop(image, *map(int, box), [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
         expected.append((TF.hflip(crop) if flipped else crop).clamp(0, 1))
     # Two sums of up to 64 fp32 products each, whose weights are up to 1: 1e-5 is 80 times their rounding
-    torch.testing.assert_close(crop_and_resize(images, *boxes, flip, size), torch.stack(expected), atol=1e-5, rtol=0)
+    crops = resized_crop(images, *boxes, flip, size)
+    torch.testing.assert_close(crops, torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_the_weights_of_a_resized_axis_sum_to_1_and_stay_inside_the_box():
+def test_resize_matrix_rows_sum_to_1_and_stay_inside_the_box():
     start, length = torch.tensor([0.0, 3.0, 10.0]), torch.tensor([20.0, 1.0, 7.0])
-    weights = resize_weights(start, length, 20, 6)
+    weights = resize_matrix(start, length, 20, 6)
     assert weights.shape == (3, 6, 20) and torch.allclose(weights.sum(2), torch.ones(3, 6))
     pixel = torch.arange(20)
     outside = (pixel < start[:, None]) | (pixel >= (start + length)[:, None])
     assert not weights.transpose(1, 2)[outside].any()
-    assert torch.equal(resize_weights(torch.zeros(1), torch.full((1,), 5.0), 5, 5)[0], torch.eye(5))
+    assert torch.equal(resize_matrix(torch.zeros(1), torch.full((1,), 5.0), 5, 5)[0], torch.eye(5))
 
 
 # Boxes
 
 @pytest.mark.parametrize("height, width, scale", [(32, 32, (0.4, 1.0)), (32, 32, (0.1, 0.4)), (48, 90, (0.05, 0.5)),
                                                   (90, 48, (0.2, 0.3))])
-def test_boxes_lie_inside_and_keep_their_area_and_shape(height, width, scale):
-    top, left, h, w = random_boxes(5000, height, width, scale, "cpu")
+def test_boxes_lie_inside_and_keep_their_area_and_ratio(height, width, scale):
+    top, left, h, w = random_crop_boxes(5000, height, width, scale, "cpu")
     for start, length, side in ((top, h, height), (left, w, width)):
         assert (start >= 0).all() and (length >= 1).all() and (start + length <= side).all()
         assert torch.equal(start, start.round()) and torch.equal(length, length.round())
@@ -101,15 +107,15 @@ def test_boxes_lie_inside_and_keep_their_area_and_shape(height, width, scale):
     area = height * width
     assert ((h + 0.5) * (w + 0.5) >= scale[0] * area).all() and ((h - 0.5) * (w - 0.5) <= scale[1] * area).all()
     assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all() and ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
-    share = h * w / area
-    low, high = share.min().item(), share.max().item()
+    fraction = h * w / area
+    low, high = fraction.min().item(), fraction.max().item()
     assert low < scale[0] + 0.1 * (scale[1] - scale[0]) and high > scale[1] - 0.1 * (scale[1] - scale[0])
     shape = (w / h).log()
     assert abs(shape.mean()) < 0.03 and shape.max() > 0.2 > -0.2 > shape.min()
 
 
-def test_box_areas_are_uniform_and_every_place_is_reached():
-    top, left, h, w = random_boxes(4000, 64, 64, (0.1, 0.5), "cpu")
+def test_boxes_have_uniform_areas_and_reach_every_place():
+    top, left, h, w = random_crop_boxes(4000, 64, 64, (0.1, 0.5), "cpu")
     assert ((h * w / 64 ** 2).sort().values - torch.linspace(0.1, 0.5, 4000)).abs().max() < 0.02   # five standard errors
     for start, length in ((top, h), (left, w)):
         place = start / (64 - length)
@@ -117,125 +123,132 @@ def test_box_areas_are_uniform_and_every_place_is_reached():
 
 
 @pytest.mark.parametrize("height, width, expected", [(10, 100, (10, 13)), (100, 10, (13, 10)), (30, 36, (30, 36))])
-def test_where_no_box_fits_the_largest_centred_one_of_a_permitted_shape_is_taken(height, width, expected):
-    top, left, h, w = random_boxes(3, height, width, (0.999, 1.0), "cpu")   # by hand: 10 · 4/3 = 13.3 pixels at most
+def test_boxes_where_none_fits_are_the_largest_centered_ones(height, width, expected):
+    # By hand: 10 * 4/3 = 13.3
+    top, left, h, w = random_crop_boxes(3, height, width, (0.999, 1.0), "cpu")
     assert h.tolist() == [expected[0]] * 3 and w.tolist() == [expected[1]] * 3
     for start, length, side in ((top, h, height), (left, w, width)):
         assert ((2 * start + length - side).abs() <= 1).all()    # the margins differ by a pixel at most
 
 
-def test_global_crops_see_more_of_the_picture_than_local_ones():
-    """On a picture whose channels rise to the right and downwards, the range of the values tells how much is seen."""
+def test_global_crops_see_more_of_the_image_than_local_ones():
+    """Channels rise to the right and downwards, so that the range of values is what is seen."""
     ramp = torch.arange(256, dtype=torch.uint8).expand(256, 256)
-    picture = torch.stack([ramp, ramp.T, torch.zeros_like(ramp)])
-    views = crops_of(picture.expand(16, -1, -1, -1), **STILL, **PLAIN)
+    image = torch.stack([ramp, ramp.T, torch.zeros_like(ramp)])
+    views = crops_of(image.expand(16, -1, -1, -1), **STILL, **PLAIN)
     seen = [((v.amax((2, 3)) - v.amin((2, 3)))[:, :2].prod(1)).mean().item() for v in views]
     assert len(seen) == 8 and min(seen[:2]) > 2 * max(seen[2:])
     assert 0.5 < min(seen[:2]) and 0.15 < min(seen[2:]) and max(seen[2:]) < 0.35
 
 
-# One pipeline, every picture with its own random numbers
+# One pipeline, every image with its own random numbers
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return make_shapes(8, 32, seed=3)[0]
 
 
-def test_a_picture_a_tensor_and_a_batch_of_one_give_the_same_crops(pictures):
+def test_transform_gives_the_same_crops_of_an_image_a_tensor_and_a_batch(images):
     settings = dict(global_size=32, local_size=16, global_crops=2, local_crops=3)
-    batch = crops_of(pictures[:1], **settings)
+    batch = crops_of(images[:1], **settings)
     assert [tuple(view.shape) for view in batch] == [(1, 3, 32, 32)] * 2 + [(1, 3, 16, 16)] * 3
-    for picture in (pictures[0], Image.fromarray(pictures[0].permute(1, 2, 0).numpy())):
-        views = crops_of(picture, **settings)
+    for image in (images[0], Image.fromarray(images[0].permute(1, 2, 0).numpy())):
+        views = crops_of(image, **settings)
         assert isinstance(views, list) and {view.dtype for view in views} == {torch.float32}
         assert all(torch.equal(view, one[0]) for view, one in zip(views, batch, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (3, 3, 40, 24)], ids=str)
-def test_pictures_of_any_shape_give_square_crops(shape):
-    views = crops_of(torch.randint(0, 256, shape, dtype=torch.uint8), global_size=24, local_size=8, local_crops=1)
+def test_transform_gives_square_crops_of_images_of_any_shape(shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    views = crops_of(images, global_size=24, local_size=8, local_crops=1)
     assert [tuple(view.shape) for view in views] == [(*shape[:-2], s, s) for s in (24, 24, 8)]
     assert all(torch.isfinite(view).all() for view in views)
 
 
-def test_a_batch_s_crops_lie_on_its_device(device, pictures):
-    assert {view.device.type for view in crops_of(pictures.to(device))} == {device}
+def test_transform_stays_on_the_device_of_the_batch(device, images):
+    assert {view.device.type for view in crops_of(images.to(device))} == {device}
 
 
-def test_changing_one_picture_leaves_the_crops_of_the_others(pictures):
-    changed = pictures.clone()
+def test_transform_of_one_image_does_not_depend_on_the_others(images):
+    changed = images.clone()
     changed[5] = 255 - changed[5]
-    for before, after in zip(crops_of(pictures), crops_of(changed), strict=True):
+    for before, after in zip(crops_of(images), crops_of(changed), strict=True):
         others = torch.arange(8) != 5
         assert torch.equal(before[others], after[others])
         assert not torch.allclose(before[5], after[5], atol=0.1)
 
 
-OPERATIONS = {  # what makes copies of one picture differ, with all else still
+OPERATIONS = {  # what makes copies of one image differ, all else being off
     "box": dict(global_scale=(0.2, 0.9)), "flip": dict(flip=True), "grayscale": dict(grayscale_prob=0.5),
-    "whether colours change": dict(jitter=(0.0, 0.0, 0.0, 0.5), jitter_prob=0.5),
+    "whether there is jitter": dict(jitter=(0.0, 0.0, 0.0, 0.5), jitter_prob=0.5),
     **{name: dict(jitter=tuple(0.4 * (i == j) for j in range(4)), jitter_prob=1.0)
        for i, name in enumerate(("brightness", "contrast", "saturation", "hue"))}}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_copies_of_a_picture_in_a_batch_get_their_own(name, pictures):
-    settings = {**STILL, "global_scale": (1.0, 1.0), "global_crops": 1, "local_crops": 0, **PLAIN, **OPERATIONS[name]}
-    crops = crops_of(pictures[:1].expand(16, -1, -1, -1), **settings)[0]
+def test_transform_draws_anew_for_every_image_of_a_batch(name, images):
+    settings = {**STILL, **PLAIN, "global_scale": (1.0, 1.0), **OPERATIONS[name]}
+    copies = images[:1].expand(16, -1, -1, -1)
+    crops = crops_of(copies, global_crops=1, local_crops=0, **settings)[0]
     kinds = len(crops.unique(dim=0))
     assert kinds == 2 if name in ("flip", "grayscale") else kinds > 4, kinds
 
 
-def test_the_views_of_a_picture_differ(pictures):
-    views = crops_of(pictures[0])
+def test_transform_draws_anew_for_every_view(images):
+    views = crops_of(images[0])
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])
 
 
-def test_the_same_seed_gives_the_same_crops_and_another_does_not(pictures):
-    one, two, other = (torch.stack(crops_of(pictures, seed=seed)) for seed in (1, 1, 2))
+def test_transform_follows_the_seed(images):
+    one, two, other = (torch.stack(crops_of(images, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 
-def test_without_chance_a_view_is_the_picture(pictures):
-    """Of the whole area only the square box fits, drawn in ten tries or taken where none is."""
-    whole = crops_of(pictures, global_crops=1, local_crops=0, global_scale=(1.0, 1.0), **STILL, **PLAIN)[0]
-    torch.testing.assert_close(whole, pictures / 255, atol=1e-6, rtol=0)
+def test_transform_without_randomness_returns_the_image(images):
+    """Of the whole area only the square box fits, drawn in ten attempts or taken afterwards."""
+    settings = dict(global_crops=1, local_crops=0, global_scale=(1.0, 1.0), **STILL, **PLAIN)
+    whole = crops_of(images, **settings)[0]
+    torch.testing.assert_close(whole, images / 255, atol=1e-6, rtol=0)
 
 
-def test_values_are_normalised_with_the_mean_and_the_standard_deviation(pictures):
+def test_transform_normalizes_by_mean_and_std(images):
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
-    for plain, normal in zip(crops_of(pictures, **PLAIN), crops_of(pictures, mean=mean, std=std), strict=True):
+    normalized = crops_of(images, mean=mean, std=std)
+    for plain, normal in zip(crops_of(images, **PLAIN), normalized, strict=True):
         assert 0 <= plain.min() and plain.max() <= 1
-        assert torch.allclose(normal * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1), plain, atol=1e-6)
+        restored = normal * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        assert torch.allclose(restored, plain, atol=1e-6)
 
 
-def share_of(crops, test):
+def fraction_of(crops, test):
     return torch.stack([test(crop) for crop in crops]).float().mean().item()
 
 
-def test_half_of_the_crops_are_mirrored_and_none_where_flip_is_off():
-    picture = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    picture[..., 4:] = 255                                       # bright on the right
+def test_flip_mirrors_half_of_the_crops():
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    image[..., 4:] = 255                                       # bright on the right
     for flip, expected in ((True, 0.5), (False, 0.0)):
         settings = dict(global_crops=1, local_crops=0, global_scale=(0.9, 1.0), **{**STILL, "flip": flip})
-        crops = crops_of(picture.expand(2000, -1, -1, -1), **settings)[0]
-        mirrored = share_of(crops, lambda crop: crop[:, :, 0].mean() > crop[:, :, -1].mean())
+        crops = crops_of(image.expand(2000, -1, -1, -1), **settings)[0]
+        mirrored = fraction_of(crops, lambda crop: crop[:, :, 0].mean() > crop[:, :, -1].mean())
         assert abs(mirrored - expected) < (0.05 if flip else 1e-9)   # four and a half standard deviations of 2,000 coins
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.2, 1.0])
-def test_grayscale_has_its_share_and_equal_channels(prob):
-    picture = colourful(1, 8, 8).mul(255).byte().expand(1500, -1, -1, -1)
-    crops = crops_of(picture, global_crops=1, local_crops=0, **{**STILL, "grayscale_prob": prob}, **PLAIN)[0]
-    gray = share_of(crops, lambda crop: ((crop[0] == crop[1]) & (crop[1] == crop[2])).all())
+def test_grayscale_has_its_fraction_and_equal_channels(prob):
+    image = colorful(1, 8, 8).mul(255).byte().expand(1500, -1, -1, -1)
+    settings = {**STILL, **PLAIN, "grayscale_prob": prob}
+    crops = crops_of(image, global_crops=1, local_crops=0, **settings)[0]
+    gray = fraction_of(crops, lambda crop: ((crop[0] == crop[1]) & (crop[1] == crop[2])).all())
     assert abs(gray - prob) < (0.05 if 0 < prob < 1 else 1e-9)
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.8, 1.0])
-def test_colours_change_in_their_share_of_the_crops_and_within_their_strength(prob):
-    picture = torch.full((1500, 3, 8, 8), 100, dtype=torch.uint8)
+def test_color_jitter_has_its_fraction_and_strength(prob):
+    image = torch.full((1500, 3, 8, 8), 100, dtype=torch.uint8)
     brightness_only = {**STILL, "jitter": (0.4, 0.0, 0.0, 0.0), "jitter_prob": prob}
-    crops = crops_of(picture, global_crops=1, local_crops=0, **brightness_only, **PLAIN)[0]
+    crops = crops_of(image, global_crops=1, local_crops=0, **brightness_only, **PLAIN)[0]
     factor = crops.mean((1, 2, 3)) / (100 / 255)
     changed = ((factor - 1).abs() > 1e-4).float().mean().item()
     assert abs(changed - prob) < (0.05 if 0 < prob < 1 else 0.01)
@@ -243,11 +256,13 @@ def test_colours_change_in_their_share_of_the_crops_and_within_their_strength(pr
     assert prob == 0 or factor.min() < 0.62 and factor.max() > 1.38
 
 
-def test_the_four_adjustments_come_in_every_order(monkeypatch):
+def test_color_adjustments_come_in_every_order(monkeypatch):
     called = []
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(dinov2_cifar, f"adjust_{name}", lambda x, factor, name=name: called.append(name) or x)
-    crops_of(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), global_size=2, global_crops=300, local_crops=0)
+        spy = lambda x, factor, name=name: called.append(name) or x  # noqa: E731
+        monkeypatch.setattr(dinov2_cifar, f"adjust_{name}", spy)
+    image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    crops_of(image, global_size=2, global_crops=300, local_crops=0)
     orders = {tuple(called[i:i + 4]) for i in range(0, len(called), 4)}
     assert len(called) == 1200 and len(orders) == math.factorial(4) and all(len(set(order)) == 4 for order in orders)
 
@@ -256,25 +271,26 @@ def test_the_four_adjustments_come_in_every_order(monkeypatch):
                                    torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(8, 8, dtype=torch.uint8),
                                    torch.zeros(2, 3, 8, 8, dtype=torch.int64),
                                    torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8), np.zeros((3, 8, 8), np.uint8),
-                                   "picture.png", None],
+                                   "image.png", None],
                          ids=lambda w: f"{getattr(w, 'dtype', w)} {tuple(getattr(w, 'shape', ()))}")
-def test_anything_but_a_picture_or_a_batch_of_bytes_is_refused(wrong):
+def test_transform_refuses_anything_but_an_image_or_a_uint8_batch(wrong):
     with pytest.raises(InputError, match="uint8"):
         MultiCropTransform()(wrong)
 
 
-# The data set of crops
+# The dataset of crops
 
-def test_a_data_set_gives_the_crops_of_one_picture_or_of_many(pictures):
-    crops = MultiCropDataset(pictures, MultiCropTransform(32, 16, 2, 3))
+def test_dataset_returns_the_crops_of_one_image_or_of_many(images):
+    crops = MultiCropDataset(images, MultiCropTransform(32, 16, 2, 3))
     assert len(crops) == 8
     assert [tuple(view.shape) for view in crops[0]] == [(3, 32, 32)] * 2 + [(3, 16, 16)] * 3
     for indices in ([6, 1, 1], torch.tensor([6, 1, 1])):
-        assert [tuple(view.shape) for view in crops.__getitems__(indices)] == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 3
+        shapes = [tuple(view.shape) for view in crops.__getitems__(indices)]
+        assert shapes == [(3, 3, 32, 32)] * 2 + [(3, 3, 16, 16)] * 3
     assert len(list(iter(crops))) == 8
 
 
-def test_a_data_set_s_crops_are_of_the_pictures_asked_for():
+def test_dataset_crops_the_images_asked_for():
     levels = (torch.arange(8) * 30).byte()
     crops = MultiCropDataset(levels.view(8, 1, 1, 1).expand(8, 3, 32, 32), MultiCropTransform(8, 8, 1, 1, **STILL, **PLAIN))
     for view in crops.__getitems__([6, 1, 3]):
@@ -282,17 +298,20 @@ def test_a_data_set_s_crops_are_of_the_pictures_asked_for():
     assert torch.allclose(crops[5][1] * 255, torch.tensor(150.0), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["pairs", "pictures", "labelled tensors"])
-def test_a_data_set_is_made_of_whatever_a_notebook_has(kind, pictures):
-    pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pictures]
-    given = {"pairs": [(p, 1) for p in pil], "pictures": pil, "labelled tensors": (pictures, torch.arange(8))}[kind]
-    assert torch.equal(MultiCropDataset(given, MultiCropTransform()).images, pictures)
+@pytest.mark.parametrize("kind", ["pairs", "images", "labeled tensors", "tensor"])
+def test_dataset_takes_pil_images_pairs_and_tensors(kind, images):
+    pil = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    given = {"pairs": [(p, 1) for p in pil], "images": pil,
+             "labeled tensors": (images, torch.arange(8)), "tensor": images}[kind]
+    assert torch.equal(MultiCropDataset(given, MultiCropTransform()).images, images)
 
 
 @pytest.mark.parametrize("local_size", [32, 16])
-def test_a_data_loader_delivers_batches_of_crops(local_size, pictures):
-    crops = MultiCropDataset(pictures, MultiCropTransform(32, local_size, 2, 1))
-    loader = torch.utils.data.DataLoader(crops, batch_size=3, shuffle=True, drop_last=True, collate_fn=lambda views: views)
+def test_dataset_works_in_a_data_loader(local_size, images):
+    crops = MultiCropDataset(images, MultiCropTransform(32, local_size, 2, 1))
+    loader = torch.utils.data.DataLoader(
+        crops, batch_size=3, shuffle=True, drop_last=True, collate_fn=lambda views: views)
     batches = list(loader)
     assert len(batches) == len(loader) == 2
-    assert all([len(view) for view in views] == [3, 3, 3] and views[2].shape[-1] == local_size for views in batches)
+    for views in batches:
+        assert [len(view) for view in views] == [3, 3, 3] and views[2].shape[-1] == local_size
