@@ -7,17 +7,22 @@
     python benchmarks/recipe.py --data cifar.npz --base --model-size tiny --patch-size 8    # --base comes last: all rows share it
 
 Writes recipe-<device>.json, .md (the table) and .png (k-NN accuracy against minutes) into benchmarks/results. Stop it at
-any time and give the same command again: a finished (row, seed) stays, an unfinished one goes on from its checkpoint. A row
-whose settings, data, minutes, machine or code (of dinov2_cifar.py, comments apart) have changed is run again.
+any time and give the same command again: a finished (row, seed) stays, an unfinished one
+resumes. A row whose settings, data, minutes, machine or code (of dinov2_cifar.py, comments apart)
+have changed is run again.
 
 Equal time: a row first times some steps, which sets its TOTAL_EPOCHS: whole epochs, at least one, so look at the seconds.
-Evaluation is not part of them. metrics.jsonl tells the time since the first step in every record of a step; where an
-evaluation falls between two records, or the first step, which compiles, their steps count at the median speed of all others.
+Evaluation is not part of them. The records of steps in metrics.jsonl give the speed; records that
+end with an evaluation or hold the first step, which compiles, count at the median of the others.
 lightly's parts (throughput.py) train by the clock, so that they get the budget exactly; stopped, they begin again.
 
 How to read the table: k-NN, linear and RankMe are of the teacher, the mean over seeds with (least..most). "To default" is
 in points of k-NN; it is "within the seeds' spread" where it is no larger than most − least of the row or of the default.
 H(t) / ln K is the entropy of the teacher's targets in the last epoch: near 1 they say nothing.
+
+Weights of losses are in the published units: KoLeo is the sum over the global crops, and the patch
+loss is divided by all of them. Tables up to commit 2cf02d1 had other units: their LAMBDA_KOLEO x is
+x / 2 here, their LAMBDA_PATCH y is 2 y.
 """
 
 import argparse
@@ -44,6 +49,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,36 +69,42 @@ class Row(NamedTuple):
     why: str
 
 
-LIGHTLY_OWN = dict(LEARNING_RATE=4e-3, WEIGHT_DECAY=0.04, WEIGHT_DECAY_END=0.4, EMA_START=0.992, EMA_END=1.0, LAMBDA_IMG=1.0, LAMBDA_PATCH=1.0,
-                   LAMBDA_KOLEO=0.2, TEACHER_TEMP_START=0.04, TEACHER_TEMP_END=0.07, TEACHER_TEMP_WARMUP=0.6, FREEZE_PROTOTYPES=0.02,
-                   HEAD_BATCH_NORM=False)  # as in its example; 1e-3 at a batch of 64, and KoLeo summed over two crops, in the units of Config
+# As in lightly's example, whose units of the losses are those of Config; 1e-3 at a batch of 64
+LIGHTLY_OWN = dict(LEARNING_RATE=4e-3, WEIGHT_DECAY=0.04, WEIGHT_DECAY_END=0.4,
+                   EMA_START=0.992, EMA_END=1.0,
+                   LAMBDA_IMG=1.0, LAMBDA_PATCH=1.0, LAMBDA_KOLEO=0.1,
+                   TEACHER_TEMP_START=0.04, TEACHER_TEMP_END=0.07, TEACHER_TEMP_WARMUP=0.6,
+                   FREEZE_PROTOTYPES=0.02, HEAD_BATCH_NORM=False)
 
 ROWS = [Row(*row) for row in (
     ("default", "default", {}, "the constants of Config, with what --base changes"),
     ("patch-loss-0", "losses", {"LAMBDA_PATCH": 0.0}, "nothing is learned from the patches; the student still sees masked crops"),
-    ("patch-loss-1", "losses", {"LAMBDA_PATCH": 1.0}, "the published weight"),
+    ("patch-loss-2", "losses", {"LAMBDA_PATCH": 2.0}, "twice the published weight"),
     ("no-masks", "losses", {"MASK_RATIO": 0.0}, "neither patch loss nor masked crops, which also saves their time"),
     ("random-masks", "losses", {"MASK_KIND": "random"}, "patches masked one by one are easier to guess than blocks"),
     ("block-masks", "losses", {"MASK_KIND": "block"}, "as published"),
-    ("koleo-nearest", "losses", {"KOLEO_KIND": "nearest"}, "as published: the nearest other picture is pushed away"),
-    ("koleo-cosine", "losses", {"KOLEO_KIND": "cosine"}, "all other pictures are pushed away"),
+    ("koleo-nearest", "losses", {"KOLEO_KIND": "nearest"},
+     "as published: the nearest other image repels"),
+    ("koleo-cosine", "losses", {"KOLEO_KIND": "cosine"}, "all other images are pushed away"),
     ("koleo-0", "losses", {"LAMBDA_KOLEO": 0.0}, "nothing but the targets spreads the features"),
-    ("koleo-0.1", "losses", {"LAMBDA_KOLEO": 0.1}, "the published weight"),
-    ("koleo-0.3", "losses", {"LAMBDA_KOLEO": 0.3}, "three times the published weight"),
-    ("koleo-1", "losses", {"LAMBDA_KOLEO": 1.0}, "ten times the published weight"),
-    ("koleo-3", "losses", {"LAMBDA_KOLEO": 3.0}, "spreading above all"),
+    ("koleo-0.05", "losses", {"LAMBDA_KOLEO": 0.05}, "half the published weight"),
+    ("koleo-0.15", "losses", {"LAMBDA_KOLEO": 0.15}, "one and a half times the published weight"),
+    ("koleo-0.5", "losses", {"LAMBDA_KOLEO": 0.5}, "five times the published weight"),
+    ("koleo-1.5", "losses", {"LAMBDA_KOLEO": 1.5}, "spreading above all"),
     ("no-sinkhorn", "targets", {"SINKHORN_ITERATIONS": 0}, "softmax alone: nothing balances the prototypes"),
     ("teacher-temp-constant", "targets", {"TEACHER_TEMP_START": lambda c: c.TEACHER_TEMP_END}, "no warm-up of the temperature"),
     ("teacher-temp-published", "targets", {"TEACHER_TEMP_START": 0.04, "TEACHER_TEMP_END": 0.07}, "softer targets, as published"),
     ("prototypes-64", "targets", {"PROJECTION_DIM": 64}, "coarse targets"),
-    ("prototypes-128", "targets", {"PROJECTION_DIM": 128}, "one a picture of a batch of 128"),
+    ("prototypes-128", "targets", {"PROJECTION_DIM": 128}, "one per image of a batch of 128"),
     ("prototypes-1024", "targets", {"PROJECTION_DIM": 1024}, "finer targets"),
-    ("prototypes-4096", "targets", {"PROJECTION_DIM": 4096}, "finer still, the most that others use on small pictures"),
-    ("learned-prototypes", "targets", {"FREEZE_PROTOTYPES": 0.01}, "as published: they stand still only at the start"),
+    ("prototypes-4096", "targets", {"PROJECTION_DIM": 4096},
+     "the most that others use on small images"),
+    ("learned-prototypes", "targets", {"FREEZE_PROTOTYPES": 0.01},
+     "as published: frozen only at the start"),
     ("no-batch-norm", "targets", {"HEAD_BATCH_NORM": False}, "as published: features keep what they all share"),
     ("ema-0.5", "optimisation", {"EMA_START": 0.5}, "a teacher that follows at once"),
     ("ema-0.99", "optimisation", {"EMA_START": 0.99}, "an average over 100 steps"),
-    ("ema-0.996", "optimisation", {"EMA_START": 0.996}, "the usual published start, an average over 250 steps"),
+    ("ema-0.996", "optimisation", {"EMA_START": 0.996}, "DINO's start, an average over 250 steps"),
     ("weight-decay-constant", "optimisation", {"WEIGHT_DECAY_END": lambda c: c.WEIGHT_DECAY}, "no schedule of the weight decay"),
     ("learning-rate-half", "optimisation", {"LEARNING_RATE": lambda c: c.LEARNING_RATE / 2}, "is the default too high?"),
     ("learning-rate-double", "optimisation", {"LEARNING_RATE": lambda c: c.LEARNING_RATE * 2}, "is the default too low?"),
@@ -102,9 +114,11 @@ ROWS = [Row(*row) for row in (
     ("local-crops-0", "crops", {"LOCAL_CROPS_NUMBER": 0}, "global crops alone: fast steps"),
     ("local-crops-2", "crops", {"LOCAL_CROPS_NUMBER": 2}, "few small views a step"),
     ("local-crops-10", "crops", {"LOCAL_CROPS_NUMBER": 10}, "many small views a step"),
-    ("local-size-32", "crops", {"LOCAL_CROP_SIZE": 32}, "small parts of a picture, drawn large: four times the tokens"),
+    ("local-size-32", "crops", {"LOCAL_CROP_SIZE": 32},
+     "parts of an image, drawn large: 4x the tokens"),
     ("local-scale-0.05", "crops", {"LOCAL_CROPS_SCALE": (0.05, 0.4)}, "parts as small as the published ones"),
-    ("global-scale-0.25", "crops", {"GLOBAL_CROPS_SCALE": (0.25, 1.0)}, "smaller parts of a picture as targets"),
+    ("global-scale-0.25", "crops", {"GLOBAL_CROPS_SCALE": (0.25, 1.0)},
+     "smaller parts of an image as targets"),
     ("no-colour-jitter", "colours", {"COLOR_JITTER_PROB": 0.0}, "colour may be used as it is"),
     ("strong-colour-jitter", "colours", {"COLOR_JITTER": (0.6, 0.6, 0.6, 0.5), "COLOR_JITTER_PROB": 0.95}, "the --quick values: colour must be ignored"),
     ("grayscale-0", "colours", {"GRAYSCALE_PROB": 0.0}, "no view without colours"),
@@ -112,13 +126,16 @@ ROWS = [Row(*row) for row in (
     ("drop-path-0.1", "network", {"DROP_PATH": 0.1}, "as published for smaller models"),
     ("layer-scale", "network", {"LAYER_SCALE": 1e-5}, "as published"),
     ("registers-4", "network", {"REGISTER_TOKENS": 4}, "as in DINOv2 with registers"),
-    ("lightly", "lightly", {}, "lightly's parts with our constants and schedules, at equal size, crops and time"),
+    # Half the patch weight, as in the recorded results, in whose units the weights were equal
+    ("lightly", "lightly", {"LAMBDA_PATCH": lambda c: c.LAMBDA_PATCH / 2},
+     "lightly's parts with our constants and schedules, at equal size, crops and time"),
     ("lightly-own", "lightly", LIGHTLY_OWN, "the same with the constants of lightly's example"),
 )]
-CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-1", "no-sinkhorn", "teacher-temp-published", "prototypes-128", "learned-prototypes",
-            "no-batch-norm", "ema-0.996", "local-crops-0", "global-scale-0.25", "lightly")
+CPU_ROWS = ("default", "patch-loss-0", "koleo-0", "koleo-0.5", "no-sinkhorn",
+            "teacher-temp-published", "prototypes-128", "learned-prototypes", "no-batch-norm",
+            "ema-0.996", "local-crops-0", "global-scale-0.25", "lightly")
 NOT_LIGHTLYS = ("REGISTER_TOKENS", "LAYER_SCALE", "DROP_PATH", "DROPOUT", "FLIP", "KOLEO_KIND", "MASK_KIND", "MASK_RATIO", "MASK_PROB", "STUDENT_TEMP",
-                "SINKHORN_ITERATIONS", "ACCUMULATE", "SHARD")  # settings that do not reach lightly's parts, which go their own way there
+                "SINKHORN_ITERATIONS", "ACCUMULATE")  # settings that do not reach lightly's parts
 OF_A_RUN = ("SEED", "TOTAL_EPOCHS", "OUTPUT_DIR", "RESUME", "EVAL_EVERY", "SAVE_EVERY", "SAVE_EVERY_MINUTES", "DATASET", "DATA_PATH")  # no part of a row's recipe
 
 
@@ -184,36 +201,40 @@ def evaluation_interval(epochs):
 
 
 def training_clock(records, starts):
-    """records of metrics.jsonl → {step: seconds of training up to it}, without evaluations, first steps and interruptions.
+    """records of metrics.jsonl → {step: seconds of training up to it}, without evaluations.
 
-    starts: the steps at which the run was started: 0, and those of the checkpoints that it went on from.
+    starts: the steps at which the run was started: 0, and those of the resumed checkpoints.
     """
-    batch = dinov2.pictures_per_step(SimpleNamespace(**next(r for r in records if r["event"] == "start")["config"]))
+    config = next(r for r in records if r["event"] == "start")["config"]
+    batch = dinov2.images_per_step(SimpleNamespace(**config))
     evaluated = {r["step"] for r in records if r["event"] == "epoch" and "knn" in r}
-    steps, windows, before, before_now = [r for r in records if r["event"] == "step"], [], 0, 0.0
-    for record in steps:
-        start = max(start for start in starts if start < record["step"])
-        now = batch * (record["step"] - start - 1) / record["pictures_per_second"]                # since the end of its first step, evaluations included
-        windows.append((record["step"], record["step"] - before, now - before_now, start < before and before not in evaluated))
-        before, before_now = record["step"], now
-    usual = median([seconds / count for _, count, seconds, clean in windows if clean] or [batch / steps[-1]["pictures_per_second"]])
+    windows, before = [], 0
+    for r in (r for r in records if r["event"] == "step"):
+        clean = before not in starts and r["step"] not in evaluated
+        windows.append((r["step"], r["step"] - before, batch / r["images_per_second"], clean))
+        before = r["step"]
+    usual = median([seconds for *_, seconds, clean in windows if clean] or [windows[-1][2]])
     clock = {0: 0.0}
-    for step, count, seconds, clean in windows:
-        clock[step] = clock[step - count] + (seconds if clean else count * usual)
+    for step, count, seconds, clean in windows:  # seconds of one step
+        clock[step] = clock[step - count] + count * (seconds if clean else usual)
     return clock
 
 
 def read_run(folder, starts, epochs):
     """→ the figures of a finished run from its metrics.jsonl, or None where its last epoch is not there yet."""
-    records = dinov2.read_metrics(Path(folder, "metrics.jsonl"))
+    path = Path(folder, "metrics.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]  # whole lines
     scored = [r for r in records if r["event"] == "epoch" and "knn" in r]
     if not scored or scored[-1]["epoch"] < epochs:
         return None
     config, baseline = (next(r for r in records if r["event"] == event) for event in ("start", "baseline"))
     last, clock, config = scored[-1], training_clock(records, starts), config["config"]
-    return {**{key: last[key] for key in ("knn", "linear", "rank", "iou") if key in last},
+    batch = dinov2.images_per_step(SimpleNamespace(**config))
+    return {**{key: last[key] for key in ("knn", "linear", "rank") if key in last},
             "entropy": last["teacher_entropy"] / math.log(config["PROJECTION_DIM"]),
-            "steps": last["step"], "seconds": clock[last["step"]], "pictures_per_second": last["step"] * dinov2.pictures_per_step(SimpleNamespace(**config)) / clock[last["step"]],
+            "steps": last["step"], "seconds": clock[last["step"]],
+            "images_per_second": last["step"] * batch / clock[last["step"]],
             "curve": [[0.0, baseline["knn"]], *([clock[r["step"]] / 60, r["knn"]] for r in scored)],
             "baseline": {key: value for key, value in baseline.items() if key != "event"}}
 
@@ -225,8 +246,8 @@ def read_run(folder, starts, epochs):
 class ScheduledLightly(throughput.Lightly):
     """throughput.Lightly with a teacher that starts as its student, and Config's schedules and weights of the losses."""
 
-    def __init__(self, config, pictures, mean, std):
-        super().__init__(config, pictures, mean, std)
+    def __init__(self, config, images, mean, std):
+        super().__init__(config, images, mean, std)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher_heads.load_state_dict(self.student_heads.state_dict())
         self.teacher_heads.train()                               # batch norm by the batch: the average takes no running means along
@@ -252,7 +273,7 @@ class ScheduledLightly(throughput.Lightly):
             update_momentum(student, teacher, m=self.settings["momentum"])
 
     def losses(self, views):
-        """As throughput's, with this step's temperature and our weights; KoLeo is ours, too, in that it is a mean over crops."""
+        """As throughput's, with this step's temperature and the weights of config."""
         from lightly.models.utils import random_block_mask
         c, temperature, side = self.config, self.settings["teacher_temp"], self.config.GLOBAL_CROP_SIZE // self.config.PATCH_SIZE
         global_views, local_views = torch.cat(views[:2]), torch.cat(views[2:])
@@ -267,7 +288,7 @@ class ScheduledLightly(throughput.Lightly):
         images = torch.cat([self.student_heads["image"](part) for part in (class_tokens, self.student.encode(local_views)[:, 0])])
         image_loss = self.dino_loss(target_images.chunk(2), images.chunk(len(views)), teacher_temp=temperature)
         patch_loss = self.ibot_loss(target_patches, self.student_heads["patch"](tokens[mask]), block_mask, teacher_temp=temperature)
-        koleo = sum(self.koleo_loss(part) for part in class_tokens.chunk(2)) / 2
+        koleo = sum(self.koleo_loss(part) for part in class_tokens.chunk(2))
         return c.LAMBDA_IMG * image_loss + c.LAMBDA_PATCH * patch_loss + c.LAMBDA_KOLEO * koleo
 
 
@@ -288,12 +309,12 @@ class AsBackbone(nn.Module):
 def work_lightly(job):
     """Trains lightly's parts for job["seconds"] → the figures that `read_run` gives of ours."""
     config, budget = dinov2.Config(**job["settings"]), job["seconds"]
-    pictures = dinov2.prepare_pictures(config)
-    pixels = dinov2.pixel_statistics(pictures.train_images)
+    images = dinov2.prepare_images(config)
+    pixels = dinov2.channel_mean_std(images.train_images)
     torch.manual_seed(config.SEED)
-    peer, schedules = ScheduledLightly(config, pictures, *pixels), dinov2.Schedules(config, 1000)
+    peer, schedules = ScheduledLightly(config, images, *pixels), dinov2.Schedules(config, 1000)
     judged = SimpleNamespace(config=config, teacher=AsBackbone(peer.teacher, *pixels).to(config.DEVICE).eval())
-    scores = baseline = dinov2.evaluate(judged, pictures, linear=True)
+    scores = baseline = dinov2.evaluate(judged, images, linear=True)
     curve, steps, seconds = [[0.0, baseline["knn"]]], 0, 0.0
     while seconds < budget:
         peer.settings = schedules.at(int(1000 * seconds / budget))
@@ -302,18 +323,19 @@ def work_lightly(job):
         throughput.synchronize(config.DEVICE)
         steps, seconds = steps + 1, seconds + (time.perf_counter() - start) * (steps > 0)         # the first step starts the loader
         if seconds >= budget * len(curve) / 5:                   # meanwhile the loader prepares views, to lightly's advantage
-            scores = dinov2.evaluate(judged, pictures, linear=seconds >= budget)
+            scores = dinov2.evaluate(judged, images, linear=seconds >= budget)
             curve.append([seconds / 60, scores["knn"]])
     peer.batches = None
-    return {**scores, "steps": steps, "seconds": seconds, "pictures_per_second": steps * config.BATCH_SIZE / seconds, "curve": curve,
-            "baseline": baseline}
+    speed = steps * config.BATCH_SIZE / seconds
+    return {**scores, "steps": steps, "seconds": seconds, "images_per_second": speed,
+            "curve": curve, "baseline": baseline}
 
 
 def work_speed(job):
-    """→ seconds a step of ours, after a warm-up, on the very pictures."""
+    """→ seconds a step of ours, after a warm-up, on the very images."""
     config = dinov2.Config(**job["settings"])
-    pictures = dinov2.prepare_pictures(config)
-    ours = throughput.Ours(config, pictures, *dinov2.pixel_statistics(pictures.train_images))
+    images = dinov2.prepare_images(config)
+    ours = throughput.Ours(config, images, *dinov2.channel_mean_std(images.train_images))
     throughput.time_blocks(ours.step, ours.warm_up, config.DEVICE)
     return {"seconds_a_step": mean(throughput.time_blocks(ours.step, 8, config.DEVICE))}
 
@@ -372,14 +394,16 @@ def call_worker(work, folder, **job):
 
 
 def data_mark(base):
-    """→ dict that tells these pictures from others: name, numbers, checksum; InputError where labels are missing."""
-    pictures = dinov2.prepare_pictures(dinov2.Config(**{**base, "DEVICE": "cpu"}))
-    parts, checksum = pictures[:4], 0
+    """→ dict of name, numbers and checksum of the images; InputError where labels are missing."""
+    images = dinov2.prepare_images(dinov2.Config(**{**base, "DEVICE": "cpu"}))
+    parts, checksum = images[:4], 0
     if any(part is None for part in parts):
-        raise dinov2.InputError(f"{pictures.name} must have labelled training and test pictures: train/<class>/… and test/<class>/…")
+        folders = "train/<class>/… and test/<class>/…"
+        raise dinov2.InputError(f"{images.name} must have labelled images in {folders}")
     for part in parts:
         checksum = zlib.crc32(part.contiguous().numpy(), checksum)
-    return {"name": pictures.name, "train": len(parts[0]), "test": len(parts[2]), "checksum": f"{checksum:08x}"}
+    counts = {"train": len(parts[0]), "test": len(parts[2])}
+    return {"name": images.name, **counts, "checksum": f"{checksum:08x}"}
 
 
 @lru_cache(maxsize=None)
@@ -454,10 +478,11 @@ def run_all(rows, seeds, runs, setup, save):
 
 
 def run_ours(row, run, runs, setup, keep):
-    """Trains, or goes on, with dinov2_cifar.py; puts the command and the figures into the run. RunFailed if it fails."""
+    """Trains, or resumes; puts the command and the figures into the run. RunFailed if it fails."""
     folder, checkpoint = setup.folder(run), setup.folder(run) / "dinov2_last.pth"
     if "epochs" not in run:
-        keep(run, epochs=choose_epochs(row, run, runs, setup))   # a stopped run goes on with as many
+        # A stopped run resumes with as many
+        keep(run, epochs=choose_epochs(row, run, runs, setup))
     settings = {**setup.settings(row), "SEED": run["seed"], "TOTAL_EPOCHS": run["epochs"], "EVAL_EVERY": evaluation_interval(run["epochs"]),
                 "SAVE_EVERY": 0, "OUTPUT_DIR": os.path.relpath(folder)}
     if read_run(folder, run["starts"], run["epochs"]) is None:
@@ -480,7 +505,8 @@ def choose_epochs(row, run, runs, setup):
             return other["epochs"]
     settings = setup.settings(row)
     speed = call_worker("speed", setup.folder(run), settings=settings)["seconds_a_step"]
-    return epochs_for(60 * setup.minutes, speed, setup.data["train"] // dinov2.pictures_per_step(dinov2.Config(**settings)))
+    steps_per_epoch = setup.data["train"] // dinov2.images_per_step(dinov2.Config(**settings))
+    return epochs_for(60 * setup.minutes, speed, steps_per_epoch)
 
 
 def run_lightly(row, run, runs, setup, keep):
@@ -496,7 +522,7 @@ def run_lightly(row, run, runs, setup, keep):
 # The table and the figure
 # ----------------------------------------------------------------------------------------------------------------------
 
-MEASURED = ("knn", "linear", "rank", "iou", "entropy", "steps", "seconds", "pictures_per_second")
+MEASURED = ("knn", "linear", "rank", "entropy", "steps", "seconds", "images_per_second")
 
 
 def spread(values):
@@ -526,7 +552,7 @@ def baselines(found):
     """→ the rows without training, from what the runs of the first row, the default if it was run, measured before theirs."""
     before = next((row["before"] for row in found if row["before"] and row["group"] != "lightly"), [])
     pixels = {"knn": spread([record.get("raw_pixels_knn") for record in before])}
-    untrained = {key: spread([record.get(key) for record in before]) for key in ("knn", "linear", "rank", "iou")}
+    untrained = {key: spread([r.get(key) for r in before]) for key in ("knn", "linear", "rank")}
     return [{"row": name, "group": "baseline", "flags": "", **values}
             for name, values in (("raw pixels", pixels), ("untrained network", untrained)) if values["knn"]]
 
@@ -554,15 +580,16 @@ def cell(value, form="{:.1f}", scale=1):
 
 def markdown(summary, title):
     """→ the table and the commands as text."""
-    default, dense = next((row for row in summary if row["row"] == "default"), None), any(row.get("iou") for row in summary)
-    head = ["row", "flags", "k-NN %", "to default", "linear %", "RankMe", *["mask IoU %"] * dense, "H(t) / ln K", "steps", "seconds", "pictures/s"]
+    default = next((row for row in summary if row["row"] == "default"), None)
+    head = ["row", "flags", "k-NN %", "to default", "linear %", "RankMe", "H(t) / ln K", "steps",
+            "seconds", "images/s"]
     lines = [title, "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in summary:
         failed = "; ".join(f"failed: {error}" for error in dict.fromkeys(row.get("errors", []))).replace("|", "/")
         cells = [row["row"], f"`{row['flags']}`" if row["flags"] else "", "; ".join(filter(None, [row["knn"] and cell(row["knn"], scale=100), failed])),
                  difference(row, default), cell(row.get("linear"), scale=100), cell(row.get("rank"), "{:.0f}"),
-                 *[cell(row.get("iou"), scale=100)] * dense, cell(row.get("entropy"), "{:.2f}"),
-                 *(cell(row.get(key), "{:,.0f}") for key in ("steps", "seconds", "pictures_per_second"))]
+                 cell(row.get("entropy"), "{:.2f}"),
+                 *(cell(row.get(key), "{:,.0f}") for key in MEASURED[-3:])]
         lines.append(f"| {' | '.join(cells)} |")
     commands = [command for row in summary for command in row.get("commands", [])]
     return "\n".join([*lines, "", "The mean over the seeds, with (least..most). The commands:", "", "```bash", *commands, "```", ""])
@@ -573,7 +600,8 @@ def draw(summary, path):
     curves = [row for row in summary if row.get("curve")]
     groups = list(dict.fromkeys(row["group"] for row in curves if row["group"] != "default")) or ["default"]
     columns = min(3, len(groups))
-    figure = dinov2.new_figure(5 * columns, 4 * math.ceil(len(groups) / columns), layout="constrained")
+    size = (5 * columns, 4 * math.ceil(len(groups) / columns))
+    figure = Figure(size, layout="constrained")
     axes = figure.subplots(math.ceil(len(groups) / columns), columns, squeeze=False, sharey=True).flatten()
     for axis, group in zip(axes, groups):
         for row in (row for row in curves if row["group"] in ("default", group)):
@@ -586,17 +614,18 @@ def draw(summary, path):
         axis.legend(fontsize=7)
     for axis in axes[len(groups):]:
         axis.set_axis_off()
-    dinov2.save_figure(figure, path)
+    figure.savefig(path, dpi=120)
 
 
 def save_results(rows, runs, setup, output):
-    """Writes JSON, Markdown and figure; the JSON first beside its name, since a stopped benchmark goes on from it."""
+    """Writes JSON, Markdown and figure; a stopped benchmark resumes from the JSON."""
     summary, temporary = summarise(rows, runs, setup), output.with_suffix(".tmp")
     temporary.write_text(json.dumps({"machine": setup.machine, "minutes": setup.minutes, "data": setup.data, "rows": summary, "runs": runs}, indent=1))
     temporary.replace(output)
     machine, data, commits = setup.machine, setup.data, sorted({run["commit"] for run in runs.values() if run.get("commit")})
     together = f", {setup.at_once} runs at a time, each with {setup.threads()} of the cores" * (setup.at_once > 1)
-    title = (f"{setup.minutes:g} minutes of training a run{together}; {data['name']}, {data['train']:,} training and {data['test']:,} test pictures; "
+    title = (f"{setup.minutes:g} minutes of training a run{together}; {data['name']}, "
+             f"{data['train']:,} training and {data['test']:,} test images; "
              f"{machine['device']} ({machine['cpu']}, {machine['cores']} cores), {machine['precision']}, torch {machine['torch']}; "
              f"commit {', '.join(commits) or '–'}")
     output.with_suffix(".md").write_text(markdown(summary, title))
@@ -660,7 +689,7 @@ def benchmark(arguments):
     shown, _ = choose_rows([row.name for row in ROWS], base)     # earlier runs of rows that are not asked for now
     print("\n".join(lines), end="\n" * bool(lines))
     machine = throughput.describe(throughput.Setup(arguments.device, 0, "", any(is_lightly(row) for row in rows)))
-    machine["precision"] = "bf16" if dinov2.uses_bf16(dinov2.Config(**base)) else "fp32"
+    machine["precision"] = "bf16" if dinov2.use_bf16(dinov2.Config(**base)) else "fp32"
     del machine["repeats"]
     setup = Setup(base, arguments.minutes, data_mark(base), machine, arguments.work, arguments.at_once)
     setup.work.mkdir(parents=True, exist_ok=True)
@@ -685,8 +714,6 @@ def stop(number, frame):
 def main(argv=None):
     arguments = parse(argv)
     if arguments.job:
-        if torch.device(arguments.job["settings"]["DEVICE"]).type == "cpu":
-            dinov2.keep_freed_memory()
         print("\n" + json.dumps({"speed": work_speed, "lightly": work_lightly}[arguments.job["work"]](arguments.job)))
         return
     signal.signal(signal.SIGTERM, stop)                          # so that a run in progress ends with this program

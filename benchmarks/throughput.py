@@ -8,11 +8,12 @@ Prints tables and writes the same figures to benchmarks/results/throughput-<devi
 process of its own; a figure is the median of its repeats after warm-up, with (least..most). Ours and lightly's take
 turns, two rounds each, so that a machine that slows down slows both. A step is a whole one: views, masks, networks,
 losses, gradients, AdamW, teacher. Peak memory is torch's on CUDA, else the process's, with what the loader's workers
-alone hold; "above start" leaves out what was there before the model was made: Python, libraries, pictures.
+alone hold; "above start" leaves out what was there before the model: Python, libraries, images.
 
 lightly's side is its published example (examples/pytorch/dinov2.py) with the sizes of our Config: the same network,
 heads, batch norm, prototypes, crops, augmentations, shares of masked patches, precision and clipping. Its own are timm's
-layers, targets that are centred instead of balanced by Sinkhorn-Knopp, and PIL pictures from a DataLoader on all cores.
+layers, targets that are centred instead of balanced by Sinkhorn-Knopp, and PIL images from a
+DataLoader on all cores.
 "views ready" is its speed when that loader costs nothing. On CUDA ours is compiled, as COMPILE has it, with a fused AdamW;
 lightly's runs as its example has it, neither compiled nor fused.
 """
@@ -115,19 +116,21 @@ class Ours:
     """The loop of train_dinov2 without its report, at the settings of step 100 of 1,000."""
     warm_up = 2
 
-    def __init__(self, config, pictures, mean, std):
+    def __init__(self, config, images, mean, std):
         c = self.config = config
         self.model = dinov2.make_model(c, mean, std)
         self.optimizer = dinov2.make_optimizer(self.model)
-        self.crops = dinov2.MultiCropDataset(pictures, dinov2.make_transform(c, mean, std))
+        self.crops = dinov2.MultiCropDataset(images, dinov2.make_transform(c, mean, std))
         self.settings = dinov2.Schedules(c, 1000).at(100)
         patches = (c.GLOBAL_CROP_SIZE // c.PATCH_SIZE) ** 2
-        self.masked_patches = sum(dinov2.mask_counts(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, patches, c.MASK_RATIO, c.MASK_PROB))
+        crops = c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE
+        counts = dinov2.masked_patch_counts(crops, patches, c.MASK_RATIO, c.MASK_PROB)
+        self.masked_patches = sum(counts)
 
     def step(self):
         views = self.crops.__getitems__(torch.randperm(len(self.crops))[:self.config.BATCH_SIZE])
-        mask = dinov2.draw_masks(self.config, self.config.DEVICE)
-        dinov2.train_step(self.model, self.optimizer, [(views, mask)], self.settings, self.masked_patches)
+        batch = (views, *dinov2.draw_masks(self.config, self.config.DEVICE))
+        dinov2.train_step(self.model, self.optimizer, [batch], self.settings)
 
     def details(self, repeats):
         """→ seconds of each stage, from further steps that wait for the device around each."""
@@ -166,23 +169,23 @@ class Ours:
         return seconds
 
 
-class PILPictures(torch.utils.data.Dataset):
-    """Pictures as lightly's transform takes them, one at a time."""
+class PILImages(torch.utils.data.Dataset):
+    """Images as lightly's transform takes them, one at a time."""
 
     def __init__(self, images, transform):
-        self.pictures, self.transform = [TF.to_pil_image(image) for image in images], transform
+        self.images, self.transform = [TF.to_pil_image(image) for image in images], transform
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        return self.transform(self.pictures[index])
+        return self.transform(self.images[index])
 
 
 class Lightly:
     """lightly's example, its loop body cut into methods; LayerScale, drop path and schedules, which cost time, left out."""
 
-    def __init__(self, config, pictures, mean, std):
+    def __init__(self, config, images, mean, std):
         from lightly import loss
         c = self.config = config
         self.student, self.student_heads = self.make_network()
@@ -194,18 +197,20 @@ class Lightly:
         self.parameters = [*self.student.parameters(), *self.student_heads.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.001)
         workers = max(2, cores())
-        self.batches = self.make_loader(pictures.train_images.cpu(), mean, std, workers)
+        self.batches = self.make_loader(images.train_images.cpu(), mean, std, workers)
         self.warm_up = 2 + 2 * workers * is_cuda(c.DEVICE)       # what was prepared ahead must be used up before the clock starts
 
     def make_network(self):
         """→ backbone and heads {image, patch} on the device; patches have a head of their own, as ours do."""
         from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
         from timm.models.vision_transformer import VisionTransformer
-        c, (width, depth, heads) = self.config, self.config.MODEL_DIMS[self.config.MODEL_SIZE]
-        vit = VisionTransformer(c.IMAGE_SIZE, c.PATCH_SIZE, num_classes=0, embed_dim=width, depth=depth, num_heads=heads,
+        c, dims = self.config, self.config.MODEL_DIMS[self.config.MODEL_SIZE]
+        vit = VisionTransformer(c.IMAGE_SIZE, c.PATCH_SIZE, num_classes=0, embed_dim=dims["dim"],
+                                depth=dims["depth"], num_heads=dims["heads"],
                                 pos_embed="learn", dynamic_img_size=True)
         backbone = MaskedVisionTransformerTIMM(vit, antialias=False, pos_embed_initialization="skip")
-        sizes = width, c.HEAD_HIDDEN_DIM, c.HEAD_BOTTLENECK_DIM, c.PROJECTION_DIM, c.HEAD_BATCH_NORM
+        sizes = (dims["dim"], c.HEAD_HIDDEN_DIM, c.HEAD_BOTTLENECK_DIM, c.PROJECTION_DIM,
+                 c.HEAD_BATCH_NORM)
         heads = nn.ModuleDict({name: DINOv2ProjectionHead(*sizes) for name in ("image", "patch")})
         return backbone.to(c.DEVICE), heads.to(c.DEVICE)
 
@@ -213,7 +218,7 @@ class Lightly:
         """→ an endless iterator over batches, without the blur and solarization that ours do not have either."""
         from lightly.transforms import DINOTransform
         c, (brightness, contrast, saturation, hue) = self.config, self.config.COLOR_JITTER
-        dataset = PILPictures(images, DINOTransform(
+        dataset = PILImages(images, DINOTransform(
             c.GLOBAL_CROP_SIZE, c.GLOBAL_CROPS_SCALE, c.LOCAL_CROP_SIZE, c.LOCAL_CROPS_SCALE, c.LOCAL_CROPS_NUMBER,
             cj_prob=c.COLOR_JITTER_PROB, cj_strength=1, cj_bright=brightness, cj_contrast=contrast, cj_sat=saturation, cj_hue=hue,
             random_gray_scale=c.GRAYSCALE_PROB, gaussian_blur=(0, 0, 0), solarization_prob=0, normalize={"mean": mean, "std": std}))
@@ -261,16 +266,16 @@ class Lightly:
 # Workers: each takes a job (dict) in a fresh process and returns figures
 # ----------------------------------------------------------------------------------------------------------------------
 
-def work_pictures(job):
-    """Draws the pictures once for all: done in every worker, the drawing would be the peak of its memory."""
-    torch.save(dinov2.make_shapes(2048)[0], job["pictures"])
+def work_images(job):
+    """Draw the images once for all: in every worker, this would be the peak of its memory."""
+    torch.save(dinov2.make_shapes(2048)[0], job["images"])
 
 
 def prepare(job):
-    """→ Config, Pictures on the device, mean, std."""
+    """→ Config, Images on the device, mean, std."""
     config = dinov2.Config(DATASET="shapes", **job["config"])
-    pictures = dinov2.prepare_pictures(config, torch.load(job["pictures"]))
-    return config, pictures, *dinov2.pixel_statistics(pictures.train_images)
+    images = dinov2.prepare_images(config, torch.load(job["images"]))
+    return config, images, *dinov2.channel_mean_std(images.train_images)
 
 
 def work_step(job):
@@ -306,13 +311,16 @@ def standard_operations(model, masked_patches):
     """A multiply-add is 2. Each parameter of a matrix takes 2 a token forwards, attention 4·T·T·D a block and crop, and both
     twice that backwards. The student sees all crops; the teacher the global ones, forwards; the heads what they must."""
     c = model.config
-    width, depth, _ = c.MODEL_DIMS[c.MODEL_SIZE]
-    backbone, img_head, patch_head = (sum(p.numel() for p in part.parameters() if p.ndim == 2)
-                                      for part in (model.student, model.img_head, model.patch_head))
+    dims = c.MODEL_DIMS[c.MODEL_SIZE]
+    backbone, img_head, patch_head = (
+        sum(p.numel() for name, p in module.named_parameters()
+            if p.ndim > 1 and name.endswith(("weight", "prototypes")))
+        for module in model.student_modules())
 
     def forward(crops, size):
         tokens = 1 + c.REGISTER_TOKENS + (size // c.PATCH_SIZE) ** 2
-        return crops * c.BATCH_SIZE * (2 * (backbone * tokens + img_head) + 4 * depth * width * tokens ** 2)
+        attention = 4 * dims["depth"] * dims["dim"] * tokens ** 2
+        return crops * c.BATCH_SIZE * (2 * (backbone * tokens + img_head) + attention)
 
     teacher = forward(c.GLOBAL_CROPS_NUMBER, c.GLOBAL_CROP_SIZE) + 2 * patch_head * masked_patches
     return 3 * (teacher + forward(c.LOCAL_CROPS_NUMBER, c.LOCAL_CROP_SIZE)) + teacher
@@ -332,7 +340,7 @@ def work_rate(job):
 
 
 def torchvision_transforms(config, mean, std, pil):
-    """→ one torchvision transform a view with the sizes and chances of Config, for a PIL picture or a uint8 tensor."""
+    """→ one torchvision transform a view, as Config has it, for a PIL image or a uint8 tensor."""
     c = config
     views = [(c.GLOBAL_CROP_SIZE, c.GLOBAL_CROPS_SCALE)] * c.GLOBAL_CROPS_NUMBER + [(c.LOCAL_CROP_SIZE, c.LOCAL_CROPS_SCALE)] * c.LOCAL_CROPS_NUMBER
     return [v2.Compose([v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip(),
@@ -342,8 +350,8 @@ def torchvision_transforms(config, mean, std, pil):
 
 def work_views(job):
     """→ crops a second, one number a repeat."""
-    config, pictures, mean, std = prepare(job)
-    images = pictures.train_images[:config.BATCH_SIZE]
+    config, images, mean, std = prepare(job)
+    images = images.train_images[:config.BATCH_SIZE]
     if job["by"] == "ours":
         calls = [(dinov2.make_transform(config, mean, std), images)]
     else:
@@ -352,8 +360,8 @@ def work_views(job):
                  for transform in torchvision_transforms(config, mean, std, pil)]
 
     def make():
-        for transform, picture in calls:
-            transform(picture)
+        for transform, image in calls:
+            transform(image)
 
     time_blocks(make, 2, config.DEVICE)
     crops = len(images) * (config.GLOBAL_CROPS_NUMBER + config.LOCAL_CROPS_NUMBER)
@@ -362,22 +370,21 @@ def work_views(job):
 
 def work_epochs(job):
     """→ GiB of memory at the end of every epoch of train_dinov2."""
-    samples, save_epoch = [], dinov2.save_epoch
+    samples, save_run = [], dinov2.save_run
 
     def save_and_sample(*args):
-        save_epoch(*args)
+        save_run(*args)
         samples.append(memory_now(job["device"]))
 
-    dinov2.save_epoch = save_and_sample
+    dinov2.save_run = save_and_sample
     with tempfile.TemporaryDirectory() as folder:
-        dinov2.train_dinov2(dinov2.Config(OUTPUT_DIR=folder, **job["config"]), torch.load(job["pictures"]))
+        config = dinov2.Config(OUTPUT_DIR=folder, **job["config"])
+        dinov2.train_dinov2(config, torch.load(job["images"]))
     return samples
 
 
 def work(job):
     """The worker process: its figures are the last line that it prints."""
-    if torch.device(job["device"]).type == "cpu":
-        dinov2.keep_freed_memory()
     torch.set_num_threads(job.get("threads", torch.get_num_threads()))
     torch.manual_seed(0)
     print("\n" + json.dumps(globals()[f"work_{job['work']}"](job)))
@@ -391,7 +398,7 @@ class Setup(NamedTuple):
     """What all measurements of a run share."""
     device: str
     repeats: int
-    pictures: str  # file with the uint8 pictures (2048,3,32,32)
+    images: str  # file with the uint8 images (2048,3,32,32)
     lightly: bool  # it is installed
 
     @property
@@ -432,7 +439,8 @@ def run(*args, **job):
 def step_figures(batch, rounds):
     """Pools the rounds of one contender's step worker; details come from the first."""
     seconds = [s for found in rounds for s in found["seconds"]]
-    return {"pictures/s": spread([batch / s for s in seconds]), "s/step": spread(seconds), "peak GiB": max(found["peak"] for found in rounds),
+    return {"images/s": spread([batch / s for s in seconds]), "s/step": spread(seconds),
+            "peak GiB": max(found["peak"] for found in rounds),
             "above start": max(found["above_start"] for found in rounds), **rounds[0]["details"]}
 
 
@@ -448,7 +456,7 @@ def compare(setup, size, local_crop_size, batch, environment=(), rounds=2):
     rows = [{"case": f"{size}, 2 x 32 + 6 x {local_crop_size} px", "batch": batch, "by": by, **step_figures(batch, found[by])} for by in found]
     if setup.lightly:
         ours, peer = rows
-        ours.update({"times as fast": ours["pictures/s"]["median"] / peer["pictures/s"]["median"],
+        ours.update({"times as fast": ours["images/s"]["median"] / peer["images/s"]["median"],
                      "times less above start": peer["above start"] / ours["above start"]})
     return rows
 
@@ -479,7 +487,8 @@ def precision(device):
 def section_rate(setup):
     """Matrix rates, operations of a step, and the share of the highest rate that whole steps reach (MFU)."""
     all_sizes = (*SIZES, "base") if is_cuda(setup.device) else SIZES
-    tokens, widths = 2 * setup.batch * 65, [dinov2.Config.MODEL_DIMS[size][0] for size in all_sizes]
+    tokens = 2 * setup.batch * 65
+    widths = [dinov2.Config.MODEL_DIMS[size]["dim"] for size in all_sizes]
     shapes = [(side, side, side) for side in ((2048, 4096, 8192) if is_cuda(setup.device) else (2048,))]
     shapes += [(tokens, k * width, n * width) for width in widths for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))]    # a block's layers
     config, used = {"PATCH_SIZE": 4, "LOCAL_CROP_SIZE": 16, "BATCH_SIZE": setup.batch, "COMPILE": False}, precision(setup.device)
@@ -505,7 +514,8 @@ def section_rate(setup):
 def section_views(setup):
     batch = 512 if is_cuda(setup.device) else 128
     cases = [(f"ours, {batch} at a time, {setup.device}", dict(by="ours", config={"BATCH_SIZE": batch}))]
-    single = {"ours": "ours, 128 at a time", "tensor": "torchvision v2, uint8 tensors one by one", "PIL": "torchvision v2, PIL pictures one by one"}
+    single = {"ours": "ours, 128 at a time", "tensor": "torchvision v2, uint8 tensors one by one",
+              "PIL": "torchvision v2, PIL images one by one"}
     cases += [(f"{title}, one thread", dict(by=by, threads=1, config={"DEVICE": "cpu", "BATCH_SIZE": 128})) for by, title in single.items()]
     return {"crops": [{"case": title, "crops/s": spread(run(setup, "views", **job))} for title, job in cases]}
 
@@ -515,12 +525,14 @@ def growth_row(setup, config, repeats=None):
     c = dinov2.Config(**config)
     crops = ((c.GLOBAL_CROPS_NUMBER, c.GLOBAL_CROP_SIZE), (c.LOCAL_CROPS_NUMBER, c.LOCAL_CROP_SIZE))
     tokens = sum(number * (1 + (size // c.PATCH_SIZE) ** 2) for number, size in crops)
-    row = {"case": f"{c.MODEL_SIZE}, patch {c.PATCH_SIZE}", "batch": c.BATCH_SIZE, "tokens/picture": tokens}
+    row = {"case": f"{c.MODEL_SIZE}, patch {c.PATCH_SIZE}", "batch": c.BATCH_SIZE,
+           "tokens/image": tokens}
     try:
         row.update(step_figures(c.BATCH_SIZE, [run(setup, "step", config=config, by="ours", repeats=repeats or setup.repeats)]))
     except WorkerFailed as failure:
         return {**row, "failed": str(failure)}
-    return {**row, "ms/picture": 1e3 / row["pictures/s"]["median"], "us/token": 1e6 / row["pictures/s"]["median"] / tokens}
+    rate = row["images/s"]["median"]
+    return {**row, "ms/image": 1e3 / rate, "us/token": 1e6 / rate / tokens}
 
 
 def exponent_row(rows, key):
@@ -530,31 +542,34 @@ def exponent_row(rows, key):
 
 
 def processes_row(setup, count, config):
-    """So many independent processes at once, each with its share of the cores, all on one device → pictures/s of all."""
+    """Processes that run at once on one device and share the cores → images/s of all."""
     threads = max(1, cores() // count)
     with tempfile.TemporaryDirectory() as folder:
         workers = [start(setup, "step", config=config, by="ours", threads=threads, meeting=folder, processes=count) for _ in range(count)]
         rates = [config["BATCH_SIZE"] / median(finish(worker)["seconds"]) for worker in workers]
     return {"case": f"{count} of {config['MODEL_SIZE']}, patch {config['PATCH_SIZE']}", "batch each": config["BATCH_SIZE"], "threads each": threads,
-            "pictures/s of all": sum(rates)}
+            "images/s of all": sum(rates)}
 
 
 def section_growth(setup):
     """On a CPU smaller cases: patches of 8 pixels save where the batch and the processes grow, and a batch of 8 for the sizes."""
     cuda = is_cuda(setup.device)
     tiny = {"MODEL_SIZE": "tiny", "PATCH_SIZE": 4 if cuda else 8}
-    pictures = [growth_row(setup, {**tiny, "BATCH_SIZE": batch}) for batch in (64, 128, 256, 512, 1024)]
+    batches = (64, 128, 256, 512, 1024)
+    images = [growth_row(setup, {**tiny, "BATCH_SIZE": batch}) for batch in batches]
     tokens = [growth_row(setup, {**tiny, "PATCH_SIZE": patch, "BATCH_SIZE": 64 if cuda else 16}) for patch in (8, 4, 2)]
     sizes = [growth_row(setup, {**tiny, "MODEL_SIZE": size, "BATCH_SIZE": 64 if cuda else 8}, None if cuda else min(3, setup.repeats))
              for size in dinov2.Config.MODEL_DIMS]
-    return {"pictures": [*pictures, exponent_row(pictures, "batch")], "tokens": [*tokens, exponent_row(tokens, "tokens/picture")], "sizes": sizes,
+    return {"images": [*images, exponent_row(images, "batch")],
+            "tokens": [*tokens, exponent_row(tokens, "tokens/image")], "sizes": sizes,
             "processes": [processes_row(setup, count, {**tiny, "BATCH_SIZE": setup.batch}) for count in (1, 2)]}
 
 
 def section_epochs(setup):
     config = {"MODEL_SIZE": "tiny", "PATCH_SIZE": 8, "BATCH_SIZE": 16, "TRAIN_IMAGES": 64, "TOTAL_EPOCHS": 100, "EVAL_EVERY": 0, "SAVE_EVERY": 0}
     samples = run(setup, "epochs", config=config)
-    return {"memory": [{"case": "tiny, patch 8, 64 pictures", **{f"epoch {n}": samples[n - 1] for n in (10, 50, 100)},
+    return {"memory": [{"case": "tiny, patch 8, 64 images",
+                        **{f"epoch {n}": samples[n - 1] for n in (10, 50, 100)},
                         "growth from 20 to 100, %": 100 * (samples[99] / samples[19] - 1), "every epoch": samples}]}
 
 
@@ -633,10 +648,10 @@ def main(argv=None):
     if not lightly:
         print("lightly's rows are left out; to have them: pip install lightly==1.6.0 timm==1.0.31")
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(arguments.device, arguments.repeats, str(Path(folder, "pictures.pt")), lightly)
+        setup = Setup(arguments.device, arguments.repeats, str(Path(folder, "images.pt")), lightly)
         figures = {"machine": describe(setup), "sections": {}}
         print("\n".join(f"{key:10} {value}" for key, value in figures["machine"].items()))
-        run(setup, "pictures")
+        run(setup, "images")
         for name in arguments.sections:
             try:
                 figures["sections"][name] = SECTIONS[name](setup)
