@@ -15,7 +15,8 @@ DINOv2 (arXiv 2304.07193) combines DINO (2104.14294) and iBOT (2111.07832) with 
 centering (SwAV, 2006.09882) and the KoLeo regularizer (1806.03198). Registers: 2309.16588.
 
 Shapes: B images in a batch, G global and L local crops of each, V = G + L views, R = G * B global
-crops, S side, N patches (part II: images), T tokens, D width, K prototypes, M masked patches.
+crops, S side, N patches (from Evaluation on: images), T tokens, D width, K prototypes, M masked
+patches.
 """
 
 import argparse
@@ -27,14 +28,11 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -59,17 +57,11 @@ from tqdm import tqdm
 # ---- Settings ----
 
 
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 class Config:
     """All settings, one per line. The comment beside a setting is also its --help text.
 
     Edit the constants, pass them (Config(TOTAL_EPOCHS=1)), or use flags (--total-epochs 1).
-    Config() copies the class constants as they are then, and raises InputError if one cannot work.
+    Config() copies the constants as they are then, and raises InputError if one cannot work.
     """
 
     # Network
@@ -81,16 +73,16 @@ class Config:
         "large": {"dim": 1024, "depth": 24, "heads": 16},
     }
     IMAGE_SIZE = 32  # pixels; images are resized and center-cropped
-    PATCH_SIZE = 4  # side of a patch in pixels; 8: 3x faster, coarser
+    PATCH_SIZE = 4  # pixels; 8: 3x faster, coarser
     REGISTER_TOKENS = 0  # extra tokens for global information
     LAYER_SCALE = 0.0  # initial LayerScale; 1e-5 for large models, 0: none
     DROP_PATH = 0.0  # stochastic depth rate of the last block, rising linearly from 0
-    DROPOUT = 0.0  # in the student's attention and MLPs; published: 0
+    DROPOUT = 0.0  # dropout rate in the student's attention and MLPs; published: 0
     # Projection heads
     PROJECTION_DIM = 1024  # number of prototypes K; published: 65536 and more
     HEAD_HIDDEN_DIM = 512  # width of the two hidden layers; published: 2048
     HEAD_BOTTLENECK_DIM = 64  # width before the prototypes; published: 256
-    HEAD_BATCH_NORM = True  # batch norm in the heads, against a shared component; published: off
+    HEAD_BATCH_NORM = True  # batch norm in the heads; published: off
     # Views
     GLOBAL_CROPS_NUMBER = 2  # crops that both networks see; at least 2
     LOCAL_CROPS_NUMBER = 6  # crops that only the student sees; 0: none
@@ -106,48 +98,45 @@ class Config:
     LAMBDA_IMG = 1.0  # weight of the image-level loss (DINO)
     LAMBDA_PATCH = 0.4  # weight of the patch-level loss (iBOT); published: 1.0
     LAMBDA_KOLEO = 0.15  # weight of KoLeo, which spreads the class tokens; published: 0.1
-    KOLEO_KIND = "nearest"  # log distance to "nearest" neighbor (KoLeo), or mean squared "cosine"
+    KOLEO_KIND = "nearest"  # "nearest": KoLeo; "cosine": mean squared cosine
     MASK_KIND = "block"  # "block": mask rectangles of patches; "random": single ones
-    MASK_RATIO = 0.15  # masked fraction of all global crops' patches, <= 0.6 * MASK_PROB; 0: none
+    MASK_RATIO = 0.15  # masked fraction of the global crops' patches, <= 0.6 * MASK_PROB; 0: none
     MASK_PROB = 0.5  # fraction of the global crops that are masked
     STUDENT_TEMP = 0.1  # temperature of the student's softmax
     TEACHER_TEMP_START = 0.02  # teacher temperature at the first step; published: 0.04
     TEACHER_TEMP_END = 0.03  # teacher temperature after its warm-up; published: 0.07
-    TEACHER_TEMP_WARMUP = 0.3  # fraction of the run in which it rises linearly
+    TEACHER_TEMP_WARMUP = 0.3  # fraction of the run in which the temperature rises linearly
     SINKHORN_ITERATIONS = 3  # rounds of Sinkhorn-Knopp; 0: softmax alone
     # Optimization
     BATCH_SIZE = 128  # images per process in one forward pass
     ACCUMULATE = 1  # batches whose gradients are averaged in one step
-    LEARNING_RATE = 2e-3  # peak learning rate; multiplied by sqrt(images per step / 1024)
-    LEARNING_RATE_END = 1e-6  # learning rate at the end of the run, multiplied likewise
-    WARMUP = 0.1  # fraction of the run in which the learning rate rises linearly from 0
-    WEIGHT_DECAY = 0.04  # weight decay at the first step; none on biases, norms and tokens
-    WEIGHT_DECAY_END = 0.4  # weight decay at the end of the run, reached by a cosine
+    LEARNING_RATE = 2e-3  # peak; multiplied by sqrt(images per step / 1024)
+    LEARNING_RATE_END = 1e-6  # at the end of the run; multiplied likewise
+    WARMUP = 0.1  # fraction of the run in which the learning rate rises linearly
+    WEIGHT_DECAY = 0.04  # at the first step; none on biases, norms and tokens
+    WEIGHT_DECAY_END = 0.4  # at the end of the run, reached by a cosine
     EMA_START = 0.9  # teacher momentum at the first step; DINOv2: 0.992, DINO: 0.996
     EMA_END = 1.0  # teacher momentum at the end of the run, reached by a cosine
-    FREEZE_PROTOTYPES = 1.0  # fraction of the run in which prototypes are frozen; published: 0.01
+    FREEZE_PROTOTYPES = 1.0  # fraction of the run with frozen prototypes; published: 0.01
     CLIP_GRAD = 3.0  # maximum norm of the gradient; 0: no clipping
     TOTAL_EPOCHS = 2  # passes over the training images; schedules stretch with it
     # Run
-    DATASET = "auto"  # CIFAR-10, else shapes; or cifar10, cifar100, shapes, a folder, a .npz file
+    DATASET = "auto"  # CIFAR-10, else shapes; or cifar10, cifar100, shapes, a folder, a .npz
     DATA_PATH = "data"  # folder for the CIFAR download
     TRAIN_IMAGES = 0  # number of training images, a fixed random subset; 0: all
     OUTPUT_DIR = "checkpoints"  # for checkpoints, metrics.jsonl and figures
     SEED = 0  # the same seed gives the same weights, bit for bit on a CPU
-    DEVICE = best_device()  # "cuda", "cuda:1", "mps" or "cpu"
+    DEVICE = str(torch.accelerator.current_accelerator(True) or "cpu")  # cuda, cuda:1, mps or cpu
     PRECISION = "auto"  # "bf16" autocast, "fp32", or "auto": bf16 where it is fast
     COMPILE = True  # torch.compile the networks; on CUDA with Triton only
     EVAL_EVERY = 1  # epochs between evaluations; 0: only at the end
     SAVE_EVERY = 10  # epochs between checkpoints that are kept; 0: only the last
-    SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch; 0: only at its end
+    SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch; 0: none
     RESUME = ""  # checkpoint to resume; "newest" or no value: OUTPUT_DIR/dinov2_last.pth
 
     def __init__(self, **overrides):
         for name in [*filter(str.isupper, dir(type(self))), *overrides]:
-            if name not in CONSTANTS:
-                similar = get_close_matches(name, CONSTANTS, 1)
-                hint = f"; did you mean {similar[0]}?" if similar else ""
-                raise InputError(f"{name} is not a setting of Config{hint}")
+            require(name in CONSTANTS, f"{name} is not a setting of Config; --help lists them")
         for name, default in CONSTANTS.items():
             value = overrides.get(name, getattr(type(self), name))
             setattr(self, name, coerce(name, value, default))
@@ -166,8 +155,8 @@ CONSTANTS = {name: value for name, value in vars(Config).items() if name.isupper
 class MultiCropTransform:
     """Turn images into V normalized views, global crops first.
 
-    PIL or uint8 (3,H,W) -> V times (3,S,S); uint8 (B,3,H,W) -> V times (B,3,S,S), each image
-    with its own box, flip and colors. mean, std: of the channels, in 0..1.
+    PIL or uint8 (3,H,W) -> V times (3,S,S); uint8 (B,3,H,W) -> V times (B,3,S,S), each image with
+    its own box, flip and colors. config: scales, flip and colors. mean, std: of channels, in 0..1.
     """
 
     def __init__(
@@ -176,44 +165,39 @@ class MultiCropTransform:
         local_size=32,
         global_crops=2,
         local_crops=6,
-        global_scale=(0.4, 1.0),
-        local_scale=(0.1, 0.4),
-        flip=True,
-        jitter=(0.4, 0.4, 0.2, 0.1),
-        jitter_prob=0.8,
-        grayscale_prob=0.2,
+        config=None,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ):
-        self.views = [(global_size, global_scale)] * global_crops
-        self.views += [(local_size, local_scale)] * local_crops
-        self.flip_prob, self.grayscale_prob = 0.5 if flip else 0.0, grayscale_prob
-        self.jitter, self.jitter_prob = jitter, jitter_prob
+        c = self.config = config or Config()
+        self.views = [(global_size, c.GLOBAL_CROPS_SCALE)] * global_crops
+        self.views += [(local_size, c.LOCAL_CROPS_SCALE)] * local_crops
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, images):
         images = to_uint8(images)
         if images.ndim == 3:
             return [view[0] for view in self(images.unsqueeze(0))]
-        mean, std = (t.to(images.device, non_blocking=True) for t in (self.mean, self.std))
         x = images / 255
+        mean, std = (t.to(x.device, non_blocking=True) for t in (self.mean, self.std))
         return [(self.random_view(x, size, scale) - mean) / std for size, scale in self.views]
 
-    def random_view(self, pixels, size, scale):
+    def random_view(self, x, size, scale):
         """Return a random view of each image: (B,3,H,W) -> (B,3,size,size) in 0..1."""
-        (batch, _, height, width), device = pixels.shape, pixels.device
-        flip = torch.rand(batch, device=device) < self.flip_prob
-        boxes = random_crop_boxes(batch, height, width, scale, device)
-        x = resized_crop(pixels, *boxes, flip, size)
+        c, device = self.config, x.device
+        flip = torch.rand(len(x), device=device) < 0.5 * c.FLIP
+        boxes = random_crop_boxes(*x[:, 0].shape, scale, device)
+        x = resized_crop(x, *boxes, flip, size)
         # In one random order, drawn on the CPU: reading it from a GPU would synchronize
-        jittered, gray = torch.rand(2, batch, 1, 1, 1, device=device)
-        jittered = jittered < self.jitter_prob
+        jittered, gray = torch.rand(2, len(x), 1, 1, 1, device=device)
+        jittered = jittered < c.COLOR_JITTER_PROB
         adjustments = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
         for i in torch.randperm(4).tolist():
-            change = jittered * torch.empty_like(gray).uniform_(-self.jitter[i], self.jitter[i])
+            limit = c.COLOR_JITTER[i]
+            change = jittered * torch.empty_like(gray).uniform_(-limit, limit)
             factor = change if i == 3 else (1 + change).clamp(min=0)
-            x = adjustments[i](x, factor) if self.jitter[i] else x
-        return torch.where(gray < self.grayscale_prob, rgb_to_grayscale(x), x)
+            x = adjustments[i](x, factor) if limit else x
+        return torch.where(gray < c.GRAYSCALE_PROB, TF.rgb_to_grayscale(x), x)
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
@@ -257,7 +241,7 @@ class PatchEmbedding(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Multi-head self-attention, (B,T,D) -> (B,T,D)."""
+    """Multi-head self-attention: (B,T,D) -> (B,T,D), or (n,D) for n token_indices."""
 
     def __init__(self, dim, num_heads=8, qkv_bias=False, dropout=0.0):
         super().__init__()
@@ -266,17 +250,22 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B,T,D) each
-        q, k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.num_heads) for t in (q, k, v))
+    def forward(self, x, token_indices=None):
+        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
             # For so few tokens in bfloat16, torch's fused CPU kernel takes three times as long
             weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, T, T)
             x = F.dropout(weights, dropout) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return F.dropout(self.proj(rearrange(x, "b h t d -> b t (h d)")), dropout)
+        x = select_tokens(rearrange(x, "b h t d -> b t (h d)"), token_indices)
+        return F.dropout(self.proj(x), dropout)
+
+
+def select_tokens(x, indices):
+    """Return tokens (B,T,D), or those of x.flatten(0, 1) with these indices (n,), as (n,D)."""
+    return x if indices is None else x.flatten(0, 1).index_select(0, indices)
 
 
 class MLP(nn.Module):
@@ -321,13 +310,9 @@ class TransformerBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path else nn.Identity()
 
     def forward(self, x, token_indices=None):
-        """With token_indices (n,), return only these of the B*T tokens, as (n,D).
-
-        All tokens are attended to; the MLP, two thirds of the work, sees n.
-        """
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        if token_indices is not None:
-            x = x.flatten(0, 1).index_select(0, token_indices)
+        """With token_indices (n,), return only these of the B*T tokens; all are attended to."""
+        branch = self.drop_path(self.ls1(self.attn(self.norm1(x), token_indices)))
+        x = select_tokens(x, token_indices) + branch
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -354,60 +339,51 @@ class VisionTransformer(nn.Module):
         register_tokens=0,
     ):
         super().__init__()
-        self.num_prefix_tokens = 1 + register_tokens
+        self.num_prefix_tokens, self.drop_path = 1 + register_tokens, drop_path
         self.patch_embed = PatchEmbedding(img_size, patch_size, in_channels, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
-        registers = torch.zeros(1, register_tokens, embed_dim)
+        registers = 0.02 * torch.randn(1, register_tokens, embed_dim)
         self.register_tokens = nn.Parameter(registers) if register_tokens else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
-        self.drop_path = drop_path
+        # As strong as the patches, so that short runs use positions from the start
+        positions = 0.5 * torch.randn(1, 1 + self.patch_embed.num_patches, embed_dim)
+        self.pos_embed = nn.Parameter(positions)
         options = (embed_dim, num_heads, mlp_ratio, qkv_bias, dropout, layer_scale)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(TransformerBlock(*options, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.register_buffer("pixel_mean", torch.zeros(in_channels, 1, 1))
         self.register_buffer("pixel_std", torch.ones(in_channels, 1, 1))
-        self.init_weights()
-
-    def init_weights(self):
-        """Initialize; the published standard deviation of 0.02 stalls narrow networks."""
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                # The published standard deviation of 0.02 stalls narrow networks
                 nn.init.xavier_uniform_(layer.weight.detach().flatten(1))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        if self.register_tokens is not None:
-            nn.init.trunc_normal_(self.register_tokens, std=0.02)
-        # As strong as the patches, so that short runs use positions from the start
-        nn.init.trunc_normal_(self.pos_embed, std=0.5)
 
     def interpolate_pos_encoding(self, x, w, h):
         """Return the position embedding (1,1+N,D) of images of w x h pixels."""
-        p = self.patch_embed.patch_size
+        size = (h // self.patch_embed.patch_size, w // self.patch_embed.patch_size)
         side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if (h // p, w // p) == (side, side):
+        if size == (side, side):
             return self.pos_embed
         grid = rearrange(self.pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
         antialias = x.device.type != "mps"  # not implemented there
-        grid = F.interpolate(grid, size=(h // p, w // p), mode="bicubic", antialias=antialias)
+        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
         return torch.cat([self.pos_embed[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
 
     def prepare_tokens(self, x, mask=None):
         """Embed images (B,C,H,W) as (B,T,D): class token, registers, patches."""
-        height, width = x.shape[-2:]
+        batch, _, height, width = x.shape
         x = self.patch_embed(x)  # (B,N,D)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         pos = self.interpolate_pos_encoding(x, width, height)
-        prefix = self.cls_token + pos[:, :1]
-        if self.register_tokens is not None:
-            prefix = torch.cat([prefix, self.register_tokens], 1)
-        prefix = prefix.expand(x.shape[0], -1, -1)
+        tokens = (self.cls_token + pos[:, :1], self.register_tokens, x + pos[:, 1:])
         # Keep autocast's bfloat16, which halves the memory traffic. LayerScale's fp32 gamma makes
         # the blocks return fp32: bfloat16 would lose branches scaled by 1e-5
-        return torch.cat([prefix.to(x.dtype), (x + pos[:, 1:]).to(x.dtype)], 1)
+        tokens = [t.to(x.dtype).expand(batch, -1, -1) for t in tokens if t is not None]
+        return torch.cat(tokens, 1)
 
     def forward(self, x, mask=None, patch_indices=None):
         """Return the class token (B,D) and the patch tokens (B,N,D).
@@ -424,13 +400,12 @@ class VisionTransformer(nn.Module):
             return x[:, 0], x[:, prefix:]
         # Indices in x.flatten(0, 1) of all class tokens, then of the patches
         batch, num_tokens, _ = x.shape
-        class_indices = torch.arange(batch, device=x.device) * num_tokens
         image = patch_indices // (num_tokens - prefix)
-        token_indices = torch.cat([class_indices, patch_indices + (image + 1) * prefix])
-        if self.training and self.drop_path:  # drops whole images: select afterwards
-            x = last(x).flatten(0, 1).index_select(0, token_indices)
-        else:
-            x = last(x, token_indices)
+        class_indices = torch.arange(batch, device=x.device) * num_tokens
+        indices = torch.cat([class_indices, patch_indices + (image + 1) * prefix])
+        # Drop path drops whole images: then select tokens after the block
+        drops_images = self.training and self.drop_path > 0
+        x = select_tokens(last(x), indices) if drops_images else last(x, indices)
         x = self.norm(x.to(dtype))
         return x[:batch], x[batch:]
 
@@ -443,9 +418,9 @@ def build_backbone(config):
 
 
 class ProjectionHead(nn.Module):
-    """Cosines with K prototypes: (...,input_dim) -> (...,output_dim) logits in -1..1.
+    """An MLP, then cosines with K prototypes (DINO, appendix C): (...,D) -> (...,K) in -1..1.
 
-    An MLP, then a weight-normalized layer (DINO, appendix C). batch_norm: after its linear layers.
+    batch_norm: after the MLP's linear layers.
     """
 
     def __init__(
@@ -460,8 +435,7 @@ class ProjectionHead(nn.Module):
             nn.init.trunc_normal_(layers[-3].weight, std=0.02)
             nn.init.zeros_(layers[-3].bias)
         self.mlp = nn.Sequential(*layers[:-1])
-        self.prototypes = nn.Parameter(torch.empty(output_dim, bottleneck_dim))
-        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        self.prototypes = nn.Parameter(0.02 * torch.randn(output_dim, bottleneck_dim))
 
     def forward(self, x):
         x = F.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)
@@ -490,7 +464,7 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
 
 
 def soft_cross_entropy(logits, targets, temperature, target_temp=None):
-    """Return -sum(targets * log_softmax(logits / temperature)) in fp32: (...,K) twice -> (...)."""
+    """Return -sum(targets * log_softmax(logits / temperature)): (...,K) twice -> fp32 (...)."""
     logits, targets = logits.float() / temperature, targets.float()
     if target_temp is not None:
         targets = (targets / target_temp).softmax(-1)
@@ -511,16 +485,13 @@ def multi_crop_dino_loss(student_output, targets, student_temp=0.1):
 
     student_output (V,B,K): logits, global views first; targets (G,B,K): distributions.
     """
-    num_global, num_local = len(targets), len(student_output) - len(targets)
-    # Cross-entropy is linear in the target, so average the targets of a view first
+    G, L = len(targets), len(student_output) - len(targets)
+    # Cross-entropy is linear in the target, so average the targets of a student view first
     total = targets.sum(0)  # (B,K)
-    other_views = (total - targets) / (num_global - 1)  # (G,B,K)
-    all_views = total / num_global  # (B,K)
-    student_global, student_local = student_output.split([num_global, num_local])
-    global_loss = soft_cross_entropy(student_global, other_views, student_temp).mean(1).sum()
-    local_loss = soft_cross_entropy(student_local, all_views, student_temp).mean(1).sum()
-    total_loss = (num_global - 1) * global_loss + num_global * local_loss
-    return total_loss / (num_global * (num_global - 1 + num_local))
+    other_views, all_views = (total - targets) / (G - 1), (total / G).expand(L, -1, -1)
+    targets = torch.cat([other_views, all_views])  # (V,B,K)
+    losses = soft_cross_entropy(student_output, targets, student_temp).mean(1)  # (V,)
+    return ((G - 1) * losses[:G].sum() + G * losses[G:].sum()) / (G * (G - 1 + L))
 
 
 def ibot_loss(student_output, teacher_output, mask, teacher_temp=0.04, student_temp=0.1):
@@ -574,16 +545,18 @@ class DINOv2(nn.Module):
         self.teacher_patch_head = deepcopy(self.patch_head).requires_grad_(False)
         self.train()
 
+    @property
     def student_modules(self):
         return self.student, self.img_head, self.patch_head
 
+    @property
     def teacher_modules(self):
         return self.teacher, self.teacher_img_head, self.teacher_patch_head
 
     def train(self, mode=True):
         """Set the student's mode; the teacher stays in eval mode: no dropout, no drop path."""
         super().train(mode)
-        for module in self.teacher_modules():
+        for module in self.teacher_modules:
             module.eval()
         return self
 
@@ -594,50 +567,48 @@ class DINOv2(nn.Module):
         that the student does not see. patch_indices (M,): where mask.flatten() is True, as
         draw_masks returns; finding them here would synchronize with a GPU.
         """
-        c = self.config
+        c, G = self.config, self.config.GLOBAL_CROPS_NUMBER
         if patch_indices is None:
             patch_indices = mask.flatten().nonzero()[:, 0]
-        crops = torch.cat(views[: c.GLOBAL_CROPS_NUMBER])  # (R,3,S,S)
-        local = views[c.GLOBAL_CROPS_NUMBER :]
+        crops, local = torch.cat(views[:G]), views[G:]  # crops: (R,3,S,S)
         img_targets, patch_targets = self.teacher_targets(crops, patch_indices, teacher_temp)
         tokens, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
         img = multi_crop_dino_loss(img_logits, img_targets, c.STUDENT_TEMP)
         patch = ibot_loss(patch_logits, patch_targets, mask, None, c.STUDENT_TEMP)
         # One KoLeo per global crop, summed: two views of an image must not repel each other
-        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in tokens[: c.GLOBAL_CROPS_NUMBER])
+        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in tokens[:G])
         loss = c.LAMBDA_IMG * img + c.LAMBDA_PATCH * patch + c.LAMBDA_KOLEO * koleo
         losses = {"loss": loss, "img": img, "patch": patch, "koleo": koleo}
         return losses | target_diagnostics(img_targets, img)
 
     @torch.no_grad()
-    def teacher_targets(self, global_crops, patch_indices, teacher_temp):
+    def teacher_targets(self, crops, patch_indices, temperature):
         """Return image targets (G,B,K) and patch targets (M,K), each centered over all rows."""
-        c = self.config
-        class_tokens, patches = self.teacher(global_crops, None, patch_indices)  # (R,D), (M,D)
-        img_logits = self.teacher_img_head(class_tokens)
-        img_targets = sinkhorn_knopp_centering(img_logits, c.SINKHORN_ITERATIONS, teacher_temp)
+        G, rounds = self.config.GLOBAL_CROPS_NUMBER, self.config.SINKHORN_ITERATIONS
+        class_tokens, patches = self.teacher(crops, None, patch_indices)  # (R,D), (M,D)
+        logits = self.teacher_img_head(class_tokens)
+        img_targets = sinkhorn_knopp_centering(logits, rounds, temperature)
         patch_targets = img_targets[:0]
         if len(patch_indices):
             logits = self.teacher_patch_head(patches)
-            patch_targets = sinkhorn_knopp_centering(logits, c.SINKHORN_ITERATIONS, teacher_temp)
-        return img_targets.unflatten(0, (c.GLOBAL_CROPS_NUMBER, -1)), patch_targets
+            patch_targets = sinkhorn_knopp_centering(logits, rounds, temperature)
+        return img_targets.unflatten(0, (G, -1)), patch_targets
 
-    def student_outputs(self, global_crops, local_views, mask, patch_indices):
+    def student_outputs(self, crops, local_crops, mask, patch_indices):
         """Return class tokens (V,B,D), image logits (V,B,K), patch logits (M,K)."""
-        num_views = self.config.GLOBAL_CROPS_NUMBER + len(local_views)
-        class_tokens, patches = self.student(global_crops, mask, patch_indices)
-        if local_views:
-            local_tokens, _ = self.student(torch.cat(local_views), None, patch_indices[:0])
-            class_tokens = torch.cat([class_tokens, local_tokens])
-        img_logits = self.img_head(class_tokens)  # (V*B,K)
+        tokens, patches = self.student(crops, mask, patch_indices)
+        if local_crops:
+            local_tokens, _ = self.student(torch.cat(local_crops), None, patch_indices[:0])
+            tokens = torch.cat([tokens, local_tokens])
+        img_logits = self.img_head(tokens)  # (V*B,K)
         patch_logits = self.patch_head(patches) if len(patch_indices) else img_logits[:0]
-        class_tokens = class_tokens.unflatten(0, (num_views, -1))
-        return class_tokens, img_logits.unflatten(0, (num_views, -1)), patch_logits
+        V = self.config.GLOBAL_CROPS_NUMBER + len(local_crops)
+        return tokens.unflatten(0, (V, -1)), img_logits.unflatten(0, (V, -1)), patch_logits
 
     @torch.no_grad()
     def update_teacher(self, m):
         """Set teacher = m * teacher + (1 - m) * student (DINO, section 3.1)."""
-        for teacher, student in zip(self.teacher_modules(), self.student_modules(), strict=True):
+        for teacher, student in zip(self.teacher_modules, self.student_modules, strict=True):
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - m)
 
 
@@ -661,35 +632,25 @@ class CosineScheduler:
         return self.end_val + (self.start_val - self.end_val) * cosine
 
 
-class Schedules:
-    """The hyperparameters of a step: at(step)."""
-
-    def __init__(self, config, total_steps):
-        c, scale = config, math.sqrt(images_per_step(config) / 1024)
-        lr, lr_end = scale * c.LEARNING_RATE, scale * c.LEARNING_RATE_END
-        self.lr = CosineScheduler(lr, lr_end, total_steps, round(c.WARMUP * total_steps))
-        start, end = c.TEACHER_TEMP_START, c.TEACHER_TEMP_END
-        warmup = round(c.TEACHER_TEMP_WARMUP * total_steps)
-        self.teacher_temp = CosineScheduler(end, end, total_steps, warmup, start)  # then constant
-        self.weight_decay = CosineScheduler(c.WEIGHT_DECAY, c.WEIGHT_DECAY_END, total_steps)
-        self.momentum = CosineScheduler(c.EMA_START, c.EMA_END, total_steps)
-        self.frozen_steps = round(c.FREEZE_PROTOTYPES * total_steps)
-
-    def at(self, step):
-        lr = self.lr.get_value(step)
-        return {
-            "lr": lr,
-            "prototype_lr": lr if step >= self.frozen_steps else 0.0,
-            "weight_decay": self.weight_decay.get_value(step),
-            "momentum": self.momentum.get_value(step),
-            "teacher_temp": self.teacher_temp.get_value(step),
-        }
+def hyperparameters(config, step, total_steps):
+    """Return a step's learning rates, weight decay, teacher momentum and temperature."""
+    c, n = config, total_steps
+    lr = CosineScheduler(c.LEARNING_RATE, c.LEARNING_RATE_END, n, round(c.WARMUP * n))
+    lr = lr.get_value(step) * math.sqrt(images_per_step(c) / 1024)
+    start, end, warmup = c.TEACHER_TEMP_START, c.TEACHER_TEMP_END, c.TEACHER_TEMP_WARMUP
+    return {
+        "lr": lr,
+        "prototype_lr": 0.0 if step < round(c.FREEZE_PROTOTYPES * n) else lr,
+        "weight_decay": CosineScheduler(c.WEIGHT_DECAY, c.WEIGHT_DECAY_END, n).get_value(step),
+        "momentum": CosineScheduler(c.EMA_START, c.EMA_END, n).get_value(step),
+        "teacher_temp": CosineScheduler(end, end, n, round(warmup * n), start).get_value(step),
+    }
 
 
 def make_optimizer(model):
     """Return AdamW for the student; biases, norms and single tokens have no weight decay."""
     groups = {"matrices": [], "vectors": [], "prototypes": []}
-    for module in model.student_modules():
+    for module in model.student_modules:
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim > 1 and name.endswith((".weight", "pos_embed"))
             group = "matrices" if is_matrix else "vectors"
@@ -741,7 +702,7 @@ def train_dinov2(config=None, dataset=None):
     """Train on config's images, or on dataset (see as_images), and return the DINOv2.
 
     Writes checkpoints, metrics and figures to OUTPUT_DIR. Raises InputError for unusable input, or
-    if losses stay non-finite. After Ctrl-C (SIGTERM) saves, raises KeyboardInterrupt (SystemExit).
+    if losses stay non-finite. Ctrl-C (SIGTERM) saves, then raises KeyboardInterrupt (SystemExit).
     """
     with setup_processes(config or Config()) as c, lock_output_dir(c):
         checkpoint = find_checkpoint(c)
@@ -749,7 +710,8 @@ def train_dinov2(config=None, dataset=None):
         # Data
         images = prepare_images(c, dataset)
         mean, std = channel_mean_std(images.train_images)
-        crops = MultiCropDataset(images, make_transform(c, mean, std))
+        sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
+        crops = MultiCropDataset(images, MultiCropTransform(*sizes, c, mean, std))
         steps_per_epoch = len(crops) // images_per_step(c)
         total_steps = steps_per_epoch * c.TOTAL_EPOCHS
 
@@ -757,7 +719,6 @@ def train_dinov2(config=None, dataset=None):
         seed_step(c.SEED, 0)
         model = make_model(c, mean, std)
         optimizer = make_optimizer(model)
-        schedules = Schedules(c, total_steps)
 
         # Resume a run, or first measure raw pixels and the untrained network
         logger = MetricLogger(c, images.name, steps_per_epoch)
@@ -767,14 +728,14 @@ def train_dinov2(config=None, dataset=None):
             logger.restore(load_checkpoint(checkpoint, model, optimizer), checkpoint)
         else:
             version = str(torch.__version__)
-            logger.write("start", data=images.name, torch=version, config=c.to_dict())
-            logger.write("baseline", **measure_baseline(model, images, mean, std))
+            logger.log("start", data=images.name, torch=version, config=c.to_dict())
+            logger.log("baseline", **measure_baseline(model, images, mean, std))
 
         wrapped_model = wrap_ddp(model)
         with StopRequest() as stop, logger:
             for step in range(logger.step, total_steps):
                 seed_step(c.SEED, step + 1, rank())
-                hparams = schedules.at(step)
+                hparams = hyperparameters(c, step, total_steps)
                 batches = step_indices(len(crops), c, step)  # ACCUMULATE times (B,)
                 micro_batches = ((crops.__getitems__(i), *draw_masks(c, c.DEVICE)) for i in batches)
                 logger.add(train_step(wrapped_model, optimizer, micro_batches, hparams), hparams)
@@ -782,7 +743,7 @@ def train_dinov2(config=None, dataset=None):
                 # Evaluate at the end of an epoch
                 epoch, steps_into_epoch = divmod(step + 1, steps_per_epoch)
                 if steps_into_epoch == 0:
-                    check_weights(model, logger)
+                    logger.flush()
                     last = step + 1 == total_steps
                     due = last or (c.EVAL_EVERY and epoch % c.EVAL_EVERY == 0)
                     logger.end_epoch(epoch, evaluate(model, images, linear=last) if due else {})
@@ -798,7 +759,7 @@ def train_dinov2(config=None, dataset=None):
                     raise KeyboardInterrupt if interrupted else SystemExit(128 + int(stop_signal))
 
         if rank() == 0:
-            if logger.has_begun or logger.resumes_here():
+            if logger.owns_folder:
                 plot_figures(model, images, crops.transform, logger.history)
             print_summary(logger)
         return model.eval()
@@ -813,7 +774,8 @@ def train_dinov2(config=None, dataset=None):
 def extract_features(model, images, batch_size=512, patches=False):
     """Return fp32 class tokens (N,D), or patch tokens (N,patches,D), in eval mode.
 
-    model: a VisionTransformer, or a DINOv2, for its teacher. images (N,3,H,W): uint8 or normalized.
+    model: a VisionTransformer, or a DINOv2, for its teacher.
+    images: (N,3,H,W), uint8 or normalized.
     """
     backbone = getattr(model, "teacher", model)
     mode, features = backbone.training, []
@@ -843,28 +805,30 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=20,
 def linear_probe(train_features, train_labels, test_features, test_labels):
     """Return the test accuracy, 0..1, of logistic regression; held-out features choose its L2."""
     mean, std = train_features.mean(0), train_features.std(0) + 1e-6
+    classes = int(train_labels.max()) + 1
 
     def accuracy(penalty, x, y, x_test, y_test):
-        classes = int(train_labels.max()) + 1
-        weight = torch.zeros(x.shape[1] + 1, classes, device=x.device, requires_grad=True)
+        weight = torch.zeros(x.shape[1], classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
-            logits = x @ weight[:-1] + weight[-1]  # the last row is the bias
-            loss = F.cross_entropy(logits, y) + penalty * weight[:-1].square().sum()
+            loss = F.cross_entropy(x @ weight, y) + penalty * weight[:-1].square().sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
-        return ((x_test @ weight[:-1] + weight[-1]).argmax(1) == y_test).float().mean().item()
+        return ((x_test @ weight).argmax(1) == y_test).float().mean().item()
 
-    order = torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(0))
-    x, y = ((train_features - mean) / std)[order], train_labels[order]
-    n = len(x) // 5
-    held_out = {p: accuracy(p, x[n:], y[n:], x[:n], y[:n]) for p in (1e-4, 1e-3, 1e-2, 1e-1)}
-    penalty = max(held_out, key=held_out.get)
-    return accuracy(penalty, x, y, (test_features - mean) / std, test_labels)
+    # Standardized, with a column of ones: the last row of weight is the bias
+    x, x_test = (
+        F.pad((t - mean) / std, (0, 1), value=1.0) for t in (train_features, test_features)
+    )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y, n = x[order], train_labels[order], len(x) // 5
+    penalties = (1e-4, 1e-3, 1e-2, 1e-1)
+    best = max(penalties, key=lambda p: accuracy(p, x[n:], y[n:], x[:n], y[:n]))
+    return accuracy(best, x, y, x_test, test_labels)
 
 
 def rank_me(features):
@@ -881,21 +845,18 @@ def evaluate(model, images, linear=False):
     with autocast(model.config):
         train = extract_features(model, images.train_images)
         test = extract_features(model, images.test_images)
+    require(test.isfinite().all(), f"features are not finite; {REMEDY}")
     data = (train, images.train_labels, test, images.test_labels)
     scores = {"knn": knn_accuracy(*data), "rank": rank_me(test)}
     return {**scores, "linear": linear_probe(*data)} if linear else scores
 
 
 def raw_pixel_knn(images, mean, std):
-    # As floats, pixels take 4x the memory: use every n-th training image
-    n = math.ceil(images.train_images.numel() / (50_000 * 3 * 32**2))
-    mean, std = torch.tensor([mean, std], device=images.train_images.device)[..., None, None]
-    train, labels = images.train_images[::n], images.train_labels[::n]
-    train = ((train / 255 - mean) / std).flatten(1)
-    correct = 0
-    for x, y in zip(images.test_images.split(1024), images.test_labels.split(1024), strict=True):
-        correct += len(y) * knn_accuracy(train, labels, ((x / 255 - mean) / std).flatten(1), y)
-    return correct / len(images.test_labels)
+    data = []
+    for x, y in (images[:2], images[2:4]):
+        n = math.ceil(x.numel() / (50_000 * 3 * 32**2))  # floats are large: at most CIFAR's size
+        data += [TF.normalize(x[::n] / 255, mean, std).flatten(1), y[::n]]
+    return knn_accuracy(*data)
 
 
 @torch.no_grad()
@@ -911,18 +872,21 @@ def target_diagnostics(targets, cross_entropy):
 
 def collapse_warnings(scores, means, baseline, config):
     """Return a sentence for each sign of a collapse; means: of target_diagnostics."""
-    log_k, crops = math.log(config.PROJECTION_DIM), config.GLOBAL_CROPS_NUMBER * config.BATCH_SIZE
+    log_k = math.log(config.PROJECTION_DIM)
+    log_crops = math.log(config.GLOBAL_CROPS_NUMBER * config.BATCH_SIZE * world_size())
+    entropy, mean_entropy = means["teacher_entropy"], means["mean_entropy"]
+    rank, first_rank = scores["rank"], baseline["rank"]
     signs = []
-    if means["mean_entropy"] < 0.5 * min(log_k, math.log(crops * world_size())):
-        signs.append(f"all images get one target (mean entropy {means['mean_entropy']:.2f})")
-    if means["teacher_entropy"] > 0.99 * log_k:
-        signs.append(f"the targets are uniform (entropy {means['teacher_entropy']:.2f})")
-    if scores["rank"] < 0.5 * baseline["rank"]:
-        signs.append(f"the rank fell from {baseline['rank']:.1f} to {scores['rank']:.1f}")
+    if mean_entropy < 0.5 * min(log_k, log_crops):
+        signs.append(f"all images get one target (mean entropy {mean_entropy:.2f})")
+    if entropy > 0.99 * log_k:
+        signs.append(f"the targets are uniform (entropy {entropy:.2f})")
+    if rank < 0.5 * first_rank:
+        signs.append(f"the rank fell from {first_rank:.1f} to {rank:.1f}")
     return signs
 
 
-# ---- Image operations: torchvision's, with different parameters for each image ----
+# ---- Image operations, torchvision's with parameters for each image; masks ----
 
 
 def resize_matrix(start, length, size_in, size_out):
@@ -960,24 +924,18 @@ def random_crop_boxes(batch, height, width, scale, device, ratio=(3 / 4, 4 / 3),
     return (y * (height - h + 1)).floor(), (x * (width - w + 1)).floor(), h, w
 
 
-def rgb_to_grayscale(images):
-    """Return the luma (B,1,H,W) of images (B,3,H,W) (ITU-R 601)."""
-    r, g, b = images.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
-
-
 def adjust_brightness(images, factor):
     """Scale images (B,3,H,W) by factor (B,1,1,1), as the next two do; 1: no change."""
     return (images * factor).clamp(0, 1)
 
 
 def adjust_contrast(images, factor):
-    mean = rgb_to_grayscale(images).mean((2, 3), keepdim=True)
+    mean = TF.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
     return torch.lerp(mean, images, factor).clamp(0, 1)
 
 
 def adjust_saturation(images, factor):
-    return torch.lerp(rgb_to_grayscale(images), images, factor).clamp(0, 1)
+    return torch.lerp(TF.rgb_to_grayscale(images), images, factor).clamp(0, 1)
 
 
 def adjust_hue(images, shift):
@@ -991,9 +949,6 @@ def adjust_hue(images, shift):
     offset = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)  # of r, g, b
     k = (offset + hue.unsqueeze(1) + 6 * shift) % 6
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-# ---- Masks ----
 
 
 def generate_random_mask(batch_size, num_patches, mask_ratio, device="cpu"):
@@ -1017,7 +972,8 @@ def generate_block_mask(counts, height, width, attempts=10):
         area = (4 + random[0] * (missing.view(-1, 1, 1) - 4)).clamp(min=0)
         aspect = (math.log(0.3) * (1 - 2 * random[1])).exp()
         h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top, left = (random[2] * (height - h + 1)).floor(), (random[3] * (width - w + 1)).floor()
+        top = (random[2] * (height - h + 1)).floor()
+        left = (random[3] * (width - w + 1)).floor()
         block = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
         fits = (missing >= 4) & ((block & ~mask).sum((1, 2)) <= missing)
         fits &= ((h <= height) & (w <= width)).flatten()
@@ -1064,45 +1020,48 @@ def to_uint8(image, size=None):
     if isinstance(image, Image.Image):
         require(image.mode[0] not in "IF", f"mode {image.mode} has over 8 bits; use RGB")
         image = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    kind, shape = getattr(image, "dtype", type(image)), tuple(getattr(image, "shape", ()))
+    kind, shape = getattr(image, "dtype", type(image)), getattr(image, "shape", ())
     fits = kind == torch.uint8 and len(shape) in (3, 4) and shape[-3] == 3
-    require(fits, f"images must be PIL's or uint8 (N,3,H,W), not {kind} {shape}")
+    require(fits, f"images must be PIL's or uint8 (N,3,H,W), not {kind} {tuple(shape)}")
     if size and shape[-2:] != (size, size):
-        image = TF.center_crop(image, min(shape[-2:]))
-        parts = image.split(1024) if image.ndim == 4 else [image]  # floats are large
-        mode = TF.InterpolationMode.BICUBIC
-        image = torch.cat([TF.resize(part, [size, size], mode) for part in parts])
+        square = TF.center_crop(image, min(shape[-2:]))
+        image = TF.resize(square, [size, size], TF.InterpolationMode.BICUBIC)
     return image
+
+
+def check_split(images, labels, size):
+    """Return images uint8 (N,3,size,size), N > 0, and labels int64 (N,) or None."""
+    images = to_uint8(images, size)
+    n = len(images)
+    require(images.ndim == 4 and n, "images must be (N,3,H,W) with N > 0")
+    if labels is not None:
+        fits = torch.is_tensor(labels) and labels.shape == (n,) and not labels.is_floating_point()
+        fits = fits and 0 <= labels.long().min() <= labels.long().max() < 2**16
+        require(fits, f"labels must be a tensor of {n} integers from 0 to 65535, one per image")
+        labels = labels.long()
+    return images, labels
 
 
 def as_images(dataset, size=None):
     """Return a dataset as Images, resized and cropped to size.
 
-    dataset: uint8 (N,3,H,W); a tuple (images, labels), or both for training and test; or a sequence
-    of PIL images or (image, label), like torchvision's datasets.
+    dataset: uint8 (N,3,H,W); a tuple (images, labels), or both for training and test;
+    or a sequence of PIL images or (image, label), like torchvision's datasets.
     """
     if isinstance(dataset, torch.Tensor):
-        dataset = (dataset,)
-    elif not isinstance(dataset, tuple):
+        dataset = (dataset, None)
+    if not isinstance(dataset, tuple):
         with input_errors("dataset", "is not a sequence of images or (image, label)"):
             items = [dataset[i] for i in range(len(dataset))]
             items = [item if isinstance(item, tuple) else (item, None) for item in items]
-            images, labels = zip(*items, strict=True)
-            images = torch.stack([to_uint8(image, size) for image in images])
-            dataset = (images, None if labels[0] is None else torch.tensor(labels))
-    require(len(dataset) in (1, 2, 4, 5), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
-    images, parts = Images(*dataset), []
-    for x, y in (images[:2], images[2:4]):
-        x = x if x is None and parts else to_uint8(x, size)
-        n = 0 if x is None else len(x)
-        require(x is None or (x.ndim == 4 and n), "images must be (N,3,H,W) with N > 0")
-        if y is not None:
-            fits = torch.is_tensor(y) and y.shape == (n,) and not y.is_floating_point()
-            fits = fits and not y.is_complex() and 0 <= y.long().min() <= y.long().max() < 2**16
-            require(fits, f"labels must be a tensor of {n} integers from 0 to 65535, one per image")
-            y = y.long()
-        parts += [x, y]
-    return Images(*parts, images.name)
+            x, y = zip(*items, strict=True)
+            y = None if y[0] is None else torch.tensor(y)
+            dataset = (torch.stack([to_uint8(image, size) for image in x]), y)
+    require(len(dataset) in (2, 4, 5), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
+    given = Images(*dataset)
+    has_test = given.test_images is not None
+    test = check_split(*given[2:4], size) if has_test else (None, None)
+    return Images(*check_split(*given[:2], size), *test, given.name)
 
 
 def make_shapes(count, size=32, seed=0, masks=False):
@@ -1193,8 +1152,8 @@ def load_folder(path, size):
         except Exception as error:  # Pillow raises many kinds
             left_out.append(f"{file} ({error})")
 
-    splits = [root / split for split in ("train", "test") if (root / split).is_dir()]
-    splits = splits if root / "train" in splits else []
+    has_splits = (root / "train").is_dir()
+    splits = [d for d in (root / "train", root / "test") if has_splits and d.is_dir()]
     names = sorted({d.name for split in splits for d in split.iterdir() if d.is_dir()})
     for folder in splits or [root]:
         samples = make_dataset("", {str(folder): 0}, (*IMG_EXTENSIONS, ".gif"), allow_empty=True)
@@ -1210,18 +1169,19 @@ def load_folder(path, size):
         parts += [torch.stack([images[i] for i in kept]), labels]
     if left_out:
         examples = "; ".join(sorted(left_out)[:3])
-        warnings.warn(f"{len(left_out)} files are left out: {examples}", stacklevel=2)
+        print(f"WARNING: {len(left_out)} files are left out: {examples}", file=sys.stderr)
     return Images(*parts)._replace(name=root.name)
 
 
 def load_images(config):
     """Return the Images that config.DATASET names."""
     name, size = config.DATASET, config.IMAGE_SIZE
-    if name in ("auto", "cifar10", "cifar100"):
+    if name in ("cifar10", "cifar100"):
+        return load_cifar(name, config.DATA_PATH)
+    if name == "auto":
         try:
-            return load_cifar("cifar10" if name == "auto" else name, config.DATA_PATH)
+            return load_cifar("cifar10", config.DATA_PATH)
         except InputError as error:
-            require(name == "auto", error)
             line, name = "!" * 80, "shapes (no CIFAR-10)"
             warning = f"WARNING: {error}.\nTraining on the BUILT-IN SHAPES: no CIFAR-10 numbers."
             print(line, warning, line, sep="\n", file=sys.stderr)
@@ -1354,14 +1314,6 @@ def wrap_ddp(model):
     return wrapped
 
 
-def make_transform(config, mean, std):
-    c = config
-    crops = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
-    scales = (c.GLOBAL_CROPS_SCALE, c.LOCAL_CROPS_SCALE)
-    colors = (c.COLOR_JITTER, c.COLOR_JITTER_PROB, c.GRAYSCALE_PROB)
-    return MultiCropTransform(*crops, *scales, c.FLIP, *colors, mean, std)
-
-
 def make_model(config, mean, std):
     """Return a DINOv2 on DEVICE with the pixels' mean and std, compiled where that pays."""
     model = DINOv2(config)
@@ -1372,7 +1324,7 @@ def make_model(config, mean, std):
     if config.COMPILE and torch.device(config.DEVICE).type == "cuda" and has_triton():
         # With several processes the heads contain collectives, which do not compile
         compiled = 3 if world_size() == 1 else 1
-        for module in model.student_modules()[:compiled] + model.teacher_modules()[:compiled]:
+        for module in model.student_modules[:compiled] + model.teacher_modules[:compiled]:
             module.compile(dynamic=False)
     return model
 
@@ -1380,7 +1332,7 @@ def make_model(config, mean, std):
 def use_bf16(config):
     """Return whether matrix products are in bfloat16; PRECISION "auto": where it is fast."""
     device = torch.device(config.DEVICE)
-    if config.PRECISION != "auto" or device.type == "mps":
+    if config.PRECISION != "auto" or device.type not in ("cuda", "cpu"):
         return config.PRECISION == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -1422,28 +1374,15 @@ def step_indices(count, config, step):
 STATES = ("student", "teacher", "img_head", "patch_head", "teacher_img_head", "teacher_patch_head")
 
 
-@contextmanager
-def input_errors(name, message):
-    """Raise an InputError for whatever is raised inside: files go wrong in many ways."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
-        raise InputError(f"{name} {message} ({reason[:300]})") from None
-
-
 def write_file(path, data):
     """Write bytes to a temporary file, flush it, rename it: never half a file."""
     temporary = Path(f"{path}.tmp")
     with input_errors(path, "cannot be written; make room, then use --resume"):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def save_checkpoint(path, model, optimizer, epoch, step, **run_state):
@@ -1512,34 +1451,29 @@ def archive_previous_run(folder, keep=None):
     files = [*folder.glob("dinov2_*.pth"), folder / "metrics.jsonl", folder / "figures"]
     files = [file for file in files if file.exists() and not (keep and file.samefile(keep))]
     if files:
-        archive = tempfile.mkdtemp(prefix=time.strftime("earlier-%Y%m%d-%H%M%S-"), dir=folder)
+        archive = folder / f"{time.strftime('earlier-%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
+        archive.mkdir()
         for file in files:
-            file.rename(Path(archive, file.name))
+            file.rename(archive / file.name)
         print(f"moved an earlier run to {archive}")
 
 
-def check_weights(model, logger):
-    """Flush the logger; raise InputError where weights cannot be evaluated or saved."""
-    logger.flush()
-    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
-    require(finite, f"weights are not finite at step {logger.step}; {REMEDY}")
-
-
 def save_run(model, optimizer, logger):
-    """Save dinov2_last.pth and, at the end of an epoch, dinov2_epoch_{n} and dinov2_final."""
-    c = model.config
-    check_weights(model, logger)
-    epoch, steps_into_epoch = divmod(logger.step, logger.steps_per_epoch)
+    """Save metrics.jsonl, dinov2_last.pth and, as they are due, dinov2_epoch_{n} and _final."""
+    logger.flush()
+    finite = all(parameter.isfinite().all() for parameter in model.parameters())
+    require(finite, f"weights are not finite at step {logger.step}; {REMEDY}")
+    c, (epoch, steps_into_epoch) = model.config, divmod(logger.step, logger.steps_per_epoch)
     names = ["final"] if logger.step == logger.total_steps else []
     if steps_into_epoch == 0 and c.SAVE_EVERY and epoch % c.SAVE_EVERY == 0:
         names.append(f"epoch_{epoch}")
-    paths = [Path(c.OUTPUT_DIR, f"dinov2_{name}.pth") for name in [*names, "last"]]
-    if rank() == 0:  # the last one comes last: where it is, the others are
-        attributes = ("data_name", "steps_per_epoch", "history", "totals")
-        run_state = {name: getattr(logger, name) for name in attributes}
-        save_checkpoint(paths[0], model, optimizer, epoch, logger.step, **run_state)
-        for path in paths[1:]:
-            write_file(path, paths[0].read_bytes())
+    if rank() == 0:
+        logger.write_metrics()
+        names_of_state = ("data_name", "steps_per_epoch", "history", "epoch_rows")
+        state = {name: getattr(logger, name) for name in names_of_state}
+        for name in [*names, "last"]:  # where the last is, the others are
+            path = Path(c.OUTPUT_DIR, f"dinov2_{name}.pth")
+            save_checkpoint(path, model, optimizer, epoch, logger.step, **state)
     max_over_processes(0)  # no process leaves before the files are complete
     logger.saved_at = time.perf_counter()
 
@@ -1556,54 +1490,35 @@ class MetricLogger:
         self.config, self.data_name, self.steps_per_epoch = config, data_name, steps_per_epoch
         self.total_steps = steps_per_epoch * config.TOTAL_EPOCHS
         self.stride = max(1, min(50, self.total_steps // 100))  # steps between flushes
-        self.history, self.pending, self.totals = [], [], {}  # of run, stride, epoch
-        self.step, self.skipped_in_a_row, self.checkpoint, self.has_begun = 0, 0, None, False
+        self.history, self.epoch_rows, self.pending = [], [], []  # of run, epoch, stride
+        self.step, self.checkpoint, self.owns_folder = 0, None, False
 
     def restore(self, states, path):
-        """Resume a run; if images per step changed, at the same fraction of the run."""
-        needed = {"epoch", "step", "data_name", "steps_per_epoch", "history", "totals"}
-        missing = sorted(needed - states.keys())
-        require(not missing, f"{path} was not saved by a run: it has no {', '.join(missing)}")
-        c, data = self.config, states["data_name"]
-        require(data == self.data_name, f"{path} is of {data}; DATASET gives {self.data_name}")
-        for r in (states, *states["history"]):
-            if "step" in r:
-                r["step"] = r["step"] * self.steps_per_epoch // states["steps_per_epoch"]
-        done = f"{path} has done {states['step'] / self.steps_per_epoch:.4g} epochs"
-        same = states["config"]["TOTAL_EPOCHS"] == c.TOTAL_EPOCHS
-        fits = states["step"] < self.total_steps + same
-        require(fits, f"TOTAL_EPOCHS ({c.TOTAL_EPOCHS}): {done}; raise it")
-        self.step, self.history, self.totals = states["step"], states["history"], states["totals"]
-        self.checkpoint = Path(path)
-        verb = "already finished" if self.step == self.total_steps else "resuming"
-        print(f"{verb}: {path}, step {self.step:,} of {self.total_steps:,}")
+        """Resume a run; if images per step changed, after as many epochs."""
+        c, self.checkpoint = self.config, Path(path)
+        with input_errors(path, "cannot be resumed: it was not saved by such a run"):
+            data, per_epoch = states["data_name"], states["steps_per_epoch"]
+            require(data == self.data_name, f"it is of {data}, DATASET gives {self.data_name}")
+            self.history, self.epoch_rows = states["history"], states["epoch_rows"]
+            for record in (states, *self.history):
+                if "step" in record:
+                    record["step"] = record["step"] * self.steps_per_epoch // per_epoch
+            self.step = states["step"]
+            fits = self.step < self.total_steps + (
+                states["config"]["TOTAL_EPOCHS"] == c.TOTAL_EPOCHS
+            )
+            done = self.step / self.steps_per_epoch
+            require(fits, f"it has done {done:.4g} epochs; raise TOTAL_EPOCHS ({c.TOTAL_EPOCHS})")
+        last = Path(c.OUTPUT_DIR, "dinov2_last.pth")
+        self.owns_folder = last.resolve() == self.checkpoint.resolve()
+        verb = "resuming" if self.step < self.total_steps else "already finished:"
+        print(f"{verb} {path}, step {self.step:,} of {self.total_steps:,}")
         for name, value in states["config"].items():
             if value != getattr(c, name) and name not in ("RESUME", "DEVICE", "OUTPUT_DIR"):
                 print(f"{name}: saved {value}, now {getattr(c, name)}")
 
-    def write(self, event, **values):
-        """Add a record to the history, and to metrics.jsonl once the run has begun."""
-        record = {"event": event, **values}
-        self.history.append(record)
-        if self.has_begun:
-            with open(Path(self.config.OUTPUT_DIR, "metrics.jsonl"), "a") as file:
-                print(json.dumps(record), file=file)
-
-    def resumes_here(self):
-        """Return whether this run continues the one in OUTPUT_DIR."""
-        last = Path(self.config.OUTPUT_DIR, "dinov2_last.pth")
-        return self.checkpoint is not None and self.checkpoint.resolve() == last.resolve()
-
-    def begin(self):
-        """Archive an earlier run, unless it is this one; write the records so far."""
-        if not self.has_begun and rank() == 0:
-            self.has_begun, folder = True, Path(self.config.OUTPUT_DIR)
-            if not self.resumes_here():
-                archive_previous_run(folder, keep=self.checkpoint)
-                if self.checkpoint:  # so that --resume finds this run until its first save
-                    write_file(folder / "dinov2_last.pth", self.checkpoint.read_bytes())
-            records = "".join(json.dumps(record) + "\n" for record in self.history)
-            write_file(folder / "metrics.jsonl", records.encode())
+    def log(self, event, **values):
+        self.history.append({"event": event, **values})
 
     def find(self, event):
         return next((r for r in reversed(self.history) if r["event"] == event), {})
@@ -1618,45 +1533,52 @@ class MetricLogger:
 
     def __exit__(self, *exception):
         self.bar.close()
+        self.write_metrics()
+
+    def write_metrics(self):
+        if rank() == 0 and self.owns_folder:
+            lines = "".join(json.dumps(record) + "\n" for record in self.history)
+            write_file(Path(self.config.OUTPUT_DIR, "metrics.jsonl"), lines.encode())
 
     def add(self, values, hparams):
-        self.begin()
         self.step, self.hparams = self.step + 1, hparams
         self.pending.append(values)
-        if self.step % self.stride == 0 or self.step == 1:
+        if self.step % self.stride == 0 or not self.owns_folder:
             self.flush()
         self.bar.update()
 
     def flush(self):
-        """Write the means of the pending steps; skipped steps only count."""
+        """Log the means of the pending steps; the first time, archive an earlier run."""
         if not self.pending:
             return
-        names, now = list(self.pending[0]), time.perf_counter()
+        if rank() == 0 and not self.owns_folder:
+            folder = Path(self.config.OUTPUT_DIR)
+            archive_previous_run(folder, keep=self.checkpoint)
+            if self.checkpoint:  # so that --resume finds this run until its first save
+                write_file(folder / "dinov2_last.pth", self.checkpoint.read_bytes())
+        self.owns_folder, now = True, time.perf_counter()
         table = torch.stack([torch.stack(list(values.values())) for values in self.pending])
-        table = (all_reduce(table) / world_size()).cpu().double()  # sums of fp32 are exact
-        used = table[table[:, names.index("skipped")] == 0]
-        sums = dict(zip(names, used.sum(0).tolist(), strict=True))
-        sums |= {"steps": len(table), "skipped": len(table) - len(used)}
-        self.totals = {name: self.totals.get(name, 0) + value for name, value in sums.items()}
-        means, speed = step_means(sums), len(table) * images_per_step(self.config)
+        table = (all_reduce(table) / world_size()).tolist()
+        rows = [dict(zip(self.pending[0], row, strict=True)) for row in table]
+        means, speed = mean_of_steps(rows), len(rows) * images_per_step(self.config)
         timing = {"images_per_second": speed / (now - self.clock), "seconds": now - self.started}
-        self.write("step", step=self.step, **means, **self.hparams, **timing)
+        self.log("step", step=self.step, **means, **self.hparams, **timing)
         self.bar.set_postfix_str(f"loss {means.get('loss', math.nan):.2f}")
-        self.pending, self.clock = [], now
-        self.skipped_in_a_row = n = 0 if len(used) else self.skipped_in_a_row + len(table)
-        require(n < min(10, self.steps_per_epoch), f"{n} steps in a row are not finite; {REMEDY}")
+        self.epoch_rows, self.pending, self.clock = self.epoch_rows + rows, [], now
+        n, limit = sum(r["skipped"] for r in self.epoch_rows[-10:]), min(10, self.steps_per_epoch)
+        require(n < limit, f"{n:.0f} steps in a row are not finite; {REMEDY}")
 
     def end_epoch(self, epoch, scores):
-        """Write the record and the line of an epoch: means over its steps, and scores."""
-        self.flush()
-        means, baseline, self.totals = step_means(self.totals), self.find("baseline"), {}
+        """Log and print the means over the epoch's steps, and the scores."""
+        means, baseline, self.epoch_rows = mean_of_steps(self.epoch_rows), self.find("baseline"), []
         seconds = time.perf_counter() - self.started
-        self.write("epoch", epoch=epoch, step=self.step, **means, **scores, seconds=seconds)
-        columns = [f"epoch {epoch:3}/{self.config.TOTAL_EPOCHS}"]
-        columns += [f"{name} {means[name]:.2f}" for name in ("img", "patch", "koleo", "kl")]
+        self.log("epoch", epoch=epoch, step=self.step, **means, **scores, seconds=seconds)
+        line = f"epoch {epoch:3}/{self.config.TOTAL_EPOCHS}"
+        for name in ("img", "patch", "koleo", "kl"):
+            line += f"  {name} {means[name]:.2f}"
         if scores:
-            columns += [f"k-NN {scores['knn']:.1%}", f"rank {scores['rank']:.0f}"]
-        tqdm.write("  ".join(columns))
+            line += f"  k-NN {scores['knn']:.1%}  rank {scores['rank']:.0f}"
+        tqdm.write(line)
         if means["skipped"]:
             tqdm.write(f"skipped {means['skipped']} steps with non-finite losses or gradients")
         if scores and baseline:
@@ -1670,12 +1592,11 @@ class MetricLogger:
         return 0 < self.config.SAVE_EVERY_MINUTES < minutes
 
 
-def step_means(sums):
-    """Return sums as means over the steps that are not skipped, if any; counts stay."""
-    counts = {name: sums[name] for name in ("steps", "skipped")}
-    used = counts["steps"] - counts["skipped"]
-    means = {name: value / used for name, value in sums.items() if used and name not in counts}
-    return {**counts, **means}
+def mean_of_steps(rows):
+    """Return the means of steps' metrics, without skipped steps, which are counted."""
+    used = [row for row in rows if not row["skipped"]]
+    means = {name: sum(row[name] for row in used) / len(used) for name in rows[0] if used}
+    return {**means, "skipped": len(rows) - len(used)}
 
 
 def measure_baseline(model, images, mean, std):
@@ -1691,95 +1612,71 @@ def measure_baseline(model, images, mean, std):
 
 
 def print_summary(logger):
-    """Write the final record, unless the run was finished elsewhere, and print its table."""
-    if logger.resumes_here():
-        logger.begin()
     baseline, scores = logger.find("baseline"), logger.find("epoch")
-    final = {key: scores[key] for key in ("knn", "linear", "rank", "seconds") if key in scores}
-    logger.write("final", data=logger.data_name, **final)
     if "linear" in scores and "linear" in baseline:
         print(f"\n{'':18}{'k-NN':>8}{'linear':>8}{'RankMe':>8}")
         print(f"{'raw pixels':18}{baseline['raw_pixels_knn']:8.1%}")
         for name, row in (("untrained network", baseline), ("trained teacher", scores)):
             print(f"{name:18}{row['knn']:8.1%}{row['linear']:8.1%}{row['rank']:8.1f}")
-    print(f"{scores['seconds'] / 60:.1f} minutes; files in {logger.config.OUTPUT_DIR}")
+    folder = f"; files in {logger.config.OUTPUT_DIR}" if logger.owns_folder else ""
+    print(f"{scores['seconds'] / 60:.1f} minutes{folder}")
 
 
-def save_grid(rows, path):
-    """Save rows of images (3,S,S) in 0..1, of any sizes, as one PNG."""
-    tiles = [F.interpolate(tile[None].float().cpu(), (64, 64)) for row in rows for tile in row]
-    save_image(torch.cat(tiles), path, nrow=len(rows[0]), padding=4, pad_value=1.0)
+def save_grid(columns, path):
+    """Save batches of images (B,3,S,S), in 0..1, as the columns of one PNG."""
+    tiles = torch.stack([F.interpolate(x.float().cpu(), (64, 64)) for x in columns], 1)
+    save_image(tiles.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1.0)
 
 
-def plot_views(config, transform, images, path):
-    """Plot in a row: an image, its global crops, plain and masked, its local crops."""
-    c, side = config, config.GLOBAL_CROP_SIZE // config.PATCH_SIZE
-    views = [view.cpu() * transform.std + transform.mean for view in transform(images)]
-    masks = draw_masks(c, "cpu")[0].view(-1, 1, side, side)
-    masks = F.interpolate(masks.float(), scale_factor=float(c.PATCH_SIZE)) > 0  # (R,1,S,S)
-    rows = [[image / 255] for image in images]
-    for v, view in enumerate(views):
-        for i, row in enumerate(rows):
-            row.append(view[i])
-            if v < c.GLOBAL_CROPS_NUMBER:
-                row.append(torch.where(masks[(len(rows) * v + i) % len(masks)], 0.5, view[i]))
-    save_grid(rows, path)
-
-
-def plot_curves(history, path):
-    """Plot losses, accuracy, rank and schedules over the steps."""
+def plot_figures(model, images, transform, history):
+    """Save views.png, attention.png and pca.png, in which a row is an image, and curves.png."""
     from matplotlib.figure import Figure  # its import may write a font cache
 
-    start, baseline = history[:2]
-    lines = {"img": math.log(start["config"]["PROJECTION_DIM"])}  # the loss of uniform outputs
-    lines["knn"] = baseline.get("raw_pixels_knn", math.nan)
+    c, backbone, folder = model.config, model.teacher, Path(model.config.OUTPUT_DIR, "figures")
+    folder.mkdir(exist_ok=True)
+    x = images.train_images if images.test_images is None else images.test_images
+    x = x[torch.linspace(0, len(x) - 1, 8).long()]  # (8,3,H,W), evenly spaced
+
+    # Global crops with masked patches in gray, and local crops
+    views = [view.cpu() * transform.std + transform.mean for view in transform(x)]
+    side = c.GLOBAL_CROP_SIZE // c.PATCH_SIZE
+    masks = draw_masks(c, "cpu")[0].view(-1, 1, side, side)
+    masks = F.interpolate(masks.float(), scale_factor=float(c.PATCH_SIZE)) > 0  # (R,1,S,S)
+    for v in range(c.GLOBAL_CROPS_NUMBER):
+        crop = torch.arange(8) * c.GLOBAL_CROPS_NUMBER + v
+        views[v] = torch.where(masks[crop % len(masks)], 0.5, views[v])
+    save_grid([x / 255, *views], folder / "views.png")
+
+    # Each head's attention of the class token, on images twice as large
+    attention, qkv, large = backbone.blocks[-1].attn, [], [2 * side for side in x.shape[-2:]]
+    hook = attention.qkv.register_forward_hook(lambda *args: qkv.append(args[-1].float()))
+    extract_features(backbone, TF.resize(x, large))
+    hook.remove()
+    q, k, _ = rearrange(qkv[0], "b t (n h d) -> n b h t d", n=3, h=attention.num_heads)
+    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (8,heads,1,T)
+    rows = large[0] // backbone.patch_embed.patch_size
+    maps = weights[..., backbone.num_prefix_tokens :].unflatten(-1, (rows, -1))
+    maps = (maps / maps.amax((-2, -1), keepdim=True)).expand(-1, -1, 3, -1, -1)
+    save_grid([x / 255, *maps.unbind(1)], folder / "attention.png")
+
+    # Three principal components of the patch tokens as red, green and blue
+    patches = extract_features(backbone, x, patches=True).cpu()  # (8,N,D)
+    patches = patches - patches.mean((0, 1))
+    colors = patches @ torch.linalg.svd(patches.flatten(0, 1), full_matrices=False).Vh[:3].T
+    colors = F.pad(colors, (0, 3))[..., :3]  # a width below 3
+    low, high = colors.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
+    colors = (colors - low) / (high - low).clamp(min=1e-9)
+    save_grid([x / 255, colors.mT.unflatten(-1, (rows // 2, -1))], folder / "pca.png")
+
+    # Losses, accuracy, rank and schedules over the steps
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     panels = ["img", "patch", "koleo", "teacher_entropy", "knn", "rank", "lr", "momentum"]
     for axis, key in zip(figure.subplots(2, 4).flat, panels, strict=True):
         events = ("baseline", "epoch") if key in ("knn", "rank") else ("step",)
-        rows = [r for r in history if r["event"] in events and key in r]
-        axis.plot([r.get("step", 0) for r in rows], [r[key] for r in rows], ".-")
-        axis.axhline(lines.get(key, math.nan), color="gray", linestyle=":")
+        points = [(r.get("step", 0), r[key]) for r in history if r["event"] in events and key in r]
+        axis.plot([step for step, _ in points], [value for _, value in points], ".-")
         axis.set(title=key, xlabel="step")
-    figure.savefig(path)
-
-
-def plot_attention(backbone, images, path):
-    """Plot in a row: an image, twice as large, and each head's class attention."""
-    attention, outputs = backbone.blocks[-1].attn, []
-    hook = attention.qkv.register_forward_hook(lambda *args: outputs.append(args[-1].float()))
-    large = TF.resize(images, [2 * side for side in images.shape[-2:]])
-    extract_features(backbone, large)
-    hook.remove()
-    height, heads = large.shape[-2] // backbone.patch_embed.patch_size, attention.num_heads
-    q, k, _ = rearrange(outputs[0], "b t (n h d) -> n b h t d", n=3, h=heads)
-    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (B,heads,1,T)
-    maps = weights[..., backbone.num_prefix_tokens :].unflatten(-1, (height, -1))
-    maps = (maps / maps.amax((-2, -1), keepdim=True)).expand(-1, -1, 3, -1, -1)
-    save_grid([[x / 255, *rows] for x, rows in zip(images, maps, strict=True)], path)
-
-
-def plot_pca(backbone, images, path):
-    """Plot images, and below them three principal components of their patches as RGB."""
-    patches = extract_features(backbone, images, patches=True).cpu()
-    flat = (patches - patches.mean((0, 1))).flatten(0, 1)
-    colors = F.pad(flat @ torch.linalg.svd(flat, full_matrices=False).Vh[:3].T, (0, 3))[:, :3]
-    low, high = colors.quantile(0.02, 0), colors.quantile(0.98, 0)
-    colors = (colors - low) / (high - low).clamp(min=1e-9)
-    height = images.shape[-2] // backbone.patch_embed.patch_size
-    colors = rearrange(colors, "(b h w) c -> b c h w", b=len(images), h=height)
-    save_grid([images / 255, colors], path)
-
-
-def plot_figures(model, images, transform, history):
-    folder = Path(model.config.OUTPUT_DIR, "figures")
-    folder.mkdir(exist_ok=True)
-    examples = images.train_images if images.test_images is None else images.test_images
-    examples = examples[torch.linspace(0, len(examples) - 1, 8).long()]  # of all classes
-    plot_views(model.config, transform, examples, folder / "views.png")
-    plot_curves(history, folder / "curves.png")
-    plot_attention(model.teacher, examples, folder / "attention.png")
-    plot_pca(model.teacher, examples, folder / "pca.png")
+    figure.savefig(folder / "curves.png")
 
 
 # ---- Command line ----
@@ -1792,6 +1689,16 @@ class InputError(ValueError):
 def require(condition, message):
     if not condition:
         raise InputError(message)
+
+
+@contextmanager
+def input_errors(name, message):
+    """Raise an InputError for whatever is raised inside: files go wrong in many ways."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        raise InputError(f"{name} {message} ({reason[:300]})") from None
 
 
 # Settings of --quick. Color says nothing about a shape: distort it strongly
@@ -1813,9 +1720,9 @@ QUICK = {
 }
 
 RANGES = {  # of numbers; the others are at least 0
-    "IMAGE_SIZE PATCH_SIZE GLOBAL_CROP_SIZE LOCAL_CROP_SIZE": (1, math.inf),
-    "HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM ACCUMULATE TOTAL_EPOCHS": (1, math.inf),
-    "GLOBAL_CROPS_NUMBER BATCH_SIZE PROJECTION_DIM": (2, math.inf),
+    "PATCH_SIZE GLOBAL_CROP_SIZE LOCAL_CROP_SIZE TOTAL_EPOCHS": (1, math.inf),
+    "HEAD_HIDDEN_DIM HEAD_BOTTLENECK_DIM ACCUMULATE": (1, math.inf),
+    "IMAGE_SIZE GLOBAL_CROPS_NUMBER BATCH_SIZE PROJECTION_DIM": (2, math.inf),
     "STUDENT_TEMP TEACHER_TEMP_START TEACHER_TEMP_END": (1e-3, math.inf),
     "GLOBAL_CROPS_SCALE LOCAL_CROPS_SCALE": (1e-3, 1),
     "DROP_PATH DROPOUT": (0, 0.99),
@@ -1823,11 +1730,6 @@ RANGES = {  # of numbers; the others are at least 0
     "TEACHER_TEMP_WARMUP WARMUP EMA_START EMA_END FREEZE_PROTOTYPES": (0, 1),
 }
 RANGES = {name: ends for names, ends in RANGES.items() for name in names.split()}
-CHOICES = {
-    "KOLEO_KIND": ("nearest", "cosine"),
-    "MASK_KIND": ("block", "random"),
-    "PRECISION": ("auto", "bf16", "fp32"),
-}
 
 
 def coerce(name, value, default):
@@ -1848,15 +1750,16 @@ def validate(c):
         for n in value if isinstance(value, tuple) else (value,):
             fits = not isinstance(n, (int, float)) or (low <= n <= high and n < math.inf)
             require(fits, f"{name} ({n}) must be a finite number from {low} to {high}")
-    for name, known in {**CHOICES, "MODEL_SIZE": tuple(c.MODEL_DIMS)}.items():
+    kinds = {"KOLEO_KIND": ["nearest", "cosine"], "MASK_KIND": ["block", "random"]}
+    kinds |= {"PRECISION": ["auto", "bf16", "fp32"], "MODEL_SIZE": list(c.MODEL_DIMS)}
+    for name, known in kinds.items():
         value = getattr(c, name)
-        require(value in known, f"{name} ({value!r}) must be one of {', '.join(map(str, known))}")
-    example = '{"dim": 192, "depth": 6, "heads": 3}'
-    for dims in c.MODEL_DIMS.values():
-        fits = isinstance(dims, dict) and dims.keys() == {"dim", "depth", "heads"}
-        fits = fits and all(type(n) is int and n > 0 for n in dims.values())
-        fits = fits and dims["dim"] % dims["heads"] == 0
-        require(fits, f"MODEL_DIMS: {dims} must be like {example}, dim a multiple of heads")
+        require(value in known, f"{name} ({value!r}) must be one of {known}")
+    dims, example = c.MODEL_DIMS[c.MODEL_SIZE], CONSTANTS["MODEL_DIMS"]["tiny"]
+    fits = isinstance(dims, dict) and dims.keys() == example.keys()
+    fits = fits and all(type(n) is int and n > 0 for n in dims.values())
+    fits = fits and dims["dim"] % dims["heads"] == 0
+    require(fits, f"MODEL_DIMS: {dims} must be like {example}, dim a multiple of heads")
     sizes = ("IMAGE_SIZE", "GLOBAL_CROP_SIZE", "LOCAL_CROP_SIZE")
     for name in sizes if c.LOCAL_CROPS_NUMBER else sizes[:2]:
         side, p = getattr(c, name), c.PATCH_SIZE
@@ -1870,11 +1773,10 @@ def validate(c):
     require(c.COLOR_JITTER[3] <= 0.5, f"COLOR_JITTER {c.COLOR_JITTER}: the hue is above 0.5")
     weights = c.LAMBDA_IMG + c.LAMBDA_PATCH * bool(ratio) + c.LAMBDA_KOLEO
     require(weights, "LAMBDA_IMG, LAMBDA_PATCH (or MASK_RATIO), LAMBDA_KOLEO are 0: raise one")
-    best = best_device()
-    with input_errors(f"DEVICE ({c.DEVICE!r})", f"is not available; {best!r} is"):
+    with input_errors(f"DEVICE ({c.DEVICE!r})", "is not available; set another, such as cpu"):
         device = torch.device(c.DEVICE)
-        counts = {best: torch.accelerator.device_count(), "cpu": 1}
-        require((device.index or 0) < counts.get(device.type, 0), "no such device")
+        count = torch.get_device_module(device).device_count()
+        require((device.index or 0) < count, f"there are {count} such devices")
 
 
 def parse_arguments(argv=None):

@@ -1,83 +1,132 @@
-"""The benchmark's own arithmetic: a wrong count of operations would be a wrong MFU."""
+"""benchmarks/: what they count and print, and that a stopped ablation continues."""
 
-import importlib.util
+import json
+import signal
+import time
 
+import ablation
+import numpy as np
 import pytest
+import throughput
 import torch
-from conftest import ROOT, SMALL
-from torch.utils.flop_counter import FlopCounterMode
-
-import dense_probe
-from dinov2_cifar import DINOv2, make_model, make_optimizer, make_shapes, save_checkpoint
-
-spec = importlib.util.spec_from_file_location("throughput", ROOT / "benchmarks" / "throughput.py")
-throughput = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(throughput)
+from conftest import SMALL, close, read_records
+from dense_probe import dense_probe, mean_iou
+from lightly_baseline import LightlyDINOv2, dinov2, make_optimizer
 
 
-@pytest.mark.parametrize("patch_size, registers", [(4, 0), (8, 2)])
-def test_the_formula_counts_what_torch_counts_for_networks_that_leave_nothing_out(small, patch_size, registers):
-    dims = {"tiny": {"dim": 64, "depth": 3, "heads": 2}}
-    c = small(MODEL_DIMS=dims, PATCH_SIZE=patch_size, REGISTER_TOKENS=registers,
-              LOCAL_CROPS_NUMBER=3)
-    model = DINOv2(c)
-    crops, small_crops, masked = torch.randn(2 * 8, 3, 32, 32), torch.randn(3 * 8, 3, 16, 16), 20
-    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:        # torch counts no fused attention
-        model.student(crops), model.img_head(torch.randn(16, 64)), model.patch_head(torch.randn(masked, 64))
-        forwards = counter.get_total_flops()
-        model.student(small_crops), model.img_head(torch.randn(24, 64))
-    student = counter.get_total_flops()
-    assert throughput.standard_operations(model, masked) == pytest.approx(3 * student + forwards, rel=0.02)
+@pytest.mark.parametrize("base", [[], ["--quick"], ["--local-crop-size", "32"]])
+def test_ablation_rows_are_their_flags(base):
+    default = dinov2.parse_arguments(base).to_dict()
+    for name in ablation.ROWS:
+        settings = ablation.changes(name, base)
+        config = dinov2.Config(**default | settings).to_dict()
+        for words in ([*base, *ablation.flags(settings)], ablation.flags(config)):
+            assert dinov2.parse_arguments(words).to_dict() == config, name
+        if "lightly" not in name:
+            chosen = name == "default" or not settings.items() <= default.items()
+            assert ablation.choose_rows([name], base) == [name] * chosen
 
 
-@pytest.fixture
-def job(tmp_path):
-    torch.save(make_shapes(32)[0], tmp_path / "images.pt")
-    config = {name: value for name, value in SMALL.items() if name != "DATASET"}
-    return {"config": config, "images": tmp_path / "images.pt", "by": "ours", "repeats": 2,
-            "device": "cpu"}
+def test_ablation_table():
+    baseline = {"knn": 0.3, "linear": 0.35, "rank": 60.0, "raw_pixels_knn": 0.384}
+    values = {"linear": 0.5, "rank": 99.6, "epoch": 4, "seconds": 1234.5, "baseline": baseline}
+    rows = [("default", 0.4), ("default", 0.42), ("a", 0.43), ("a", 0.41), ("b", 0.3)]
+    results = [{"row": row, "flags": f"--{row} 0", "knn": knn, **values} for row, knn in rows]
+    results += [{"row": "c", "seed": 1, "failed": "exit code 2: x | y"}]
+    assert ablation.markdown(results).splitlines()[2:] == [
+        "| raw pixels |  | 38.4 | -2.6 |  |  |  |  |",
+        "| untrained network |  | 30.0 | -11.0 | 35.0 | 60 |  |  |",
+        "| default | `--default 0` | 41.0 (40.0..42.0) |  | 50.0 | 100 | 4 | 1,234 |",
+        "| a | `--a 0` | 42.0 (41.0..43.0) | (+1.0) | 50.0 | 100 | 4 | 1,234 |",
+        "| b | `--b 0` | 30.0 | -11.0 | 50.0 | 100 | 4 | 1,234 |",
+        "| c, seed 1 | failed: exit code 2: x / y |",
+    ]
 
 
-def test_a_step_executes_less_than_the_standard_network_but_for_what_torch_does_not_count(job):
-    count = throughput.work_operations(job)
-    assert 0.5 * count["standard"] < count["executed"] < count["standard"]
+@pytest.mark.slow
+def test_ablation_continues_after_sigterm(tmp_path, monkeypatch):
+    x, y = (t.numpy() for t in dinov2.make_shapes(160))
+    x, folder = x.transpose(0, 2, 3, 1), tmp_path / "a" / "koleo-0-seed3"
+    np.savez(tmp_path / "s.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    settings = {"DATASET": str(tmp_path / "s.npz"), "TOTAL_EPOCHS": 2, "SAVE_EVERY_MINUTES": 1e-6}
+    words = ["--rows", "koleo-0", "--seeds", "3", "--output", str(tmp_path / "a.json"), "--base"]
+    words += ablation.flags(SMALL | settings)
+
+    def stop_after_a_save(seconds, sleep=time.sleep):
+        sleep(seconds)
+        if (folder / "dinov2_last.pth").exists():
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(time, "sleep", stop_after_a_save)
+    with pytest.raises(SystemExit, match="143"):
+        ablation.main(words)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="0"):
+        ablation.main(words)
+    progress, last = (folder / "progress.txt").read_text(), read_records(folder, "epoch")[-1]
+    assert "stopped and saved" in progress and "resuming" in progress
+    (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert run["knn"] == last["knn"] and run["epoch"] == 2 and run["seconds"] < last["seconds"]
+    monkeypatch.setattr(ablation.Run, "start", lambda run: 1 / 0)
+    with pytest.raises(SystemExit, match="0"):  # finished, so not started
+        ablation.main(words)
+    with pytest.raises(ZeroDivisionError):
+        ablation.main([*words, "--learning-rate", "0.1"])
 
 
-def test_a_step_is_taken_apart_into_its_stages(job, monkeypatch):
-    monkeypatch.setattr(throughput.dinov2, "draw_masks", throughput.dinov2.draw_masks)            # so that the clocks are taken off again
-    monkeypatch.setattr(throughput.dinov2, "train_step", throughput.dinov2.train_step)
-    found = throughput.work_step({**job, "details": 3})
-    stages = found["details"]["stages"]
-    assert len(found["seconds"]) == 2 and all(seconds > 0 for seconds in stages.values()) and found["above_start"] > -0.01
-    assert list(stages) == ["views", "masks", "teacher", "student", "heads and losses", "backward and clipping", "AdamW and EMA"]
+def test_throughput_measures_a_step(tmp_path, monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(dinov2.Config, name, value)
+    monkeypatch.setattr(throughput, "run_worker", throughput.measure_step)
+    monkeypatch.setattr(throughput, "HAS_LIGHTLY", False)
+    words = "--device cpu --sizes tiny --crops 16 --batch-size 8 --rounds 2 --repeats 1 --output"
+    throughput.main([*words.split(), str(tmp_path / "t.json")])
+    (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert len(row["seconds"]) == 2 and row["peak_gib"] > 0.1 and min(row["stages"].values()) > 0
+
+    def forward(crops, n, selected):  # of embedding, linear layers, attention; width 32
+        linear = 32**2 * (30 * crops * (n + 1) + 18 * selected)  # the last MLP: of the selected
+        return np.array([384 * 32 * crops * n, linear, 8 * 32 * crops * (n + 1) ** 2])
+
+    masked = len(dinov2.draw_masks(dinov2.Config(), "cpu")[1])
+    teacher, local = forward(16, 16, 16 + masked), forward(16, 4, 16)
+    student = [2, 3, 3.5] @ (teacher + local)  # images get no gradient
+    heads, koleo = 5632 * (16 + masked + 3 * (32 + masked)), 2 * (2 * 8 * 8 * 32)
+    assert row["operations"] == teacher.sum() + student + heads + koleo
+    row |= {"operations": 3e9, "seconds": [0.01, 0.02, 0.04], "peak_gib": 1.234}
+    row["stages"] = dict.fromkeys(throughput.STAGES, 0.0123)
+    cells = "tiny | 2 x 32 + 6 x 16 px | ours | 400 (200..800) | 1.23 | 15" + 4 * " | 12.3"
+    assert throughput.table_row(row, 1e12) == f"| {cells} |"
 
 
-def test_a_spread_is_shown_as_its_median_between_its_ends():
-    assert throughput.shown(throughput.spread([3.0, 1.0, 2.0])) == "2.00 (1.00..3.00)"
-    assert [throughput.shown(value) for value in (12345.6, 0.012345, 0.0, "ours")] == ["12,346", "0.0123", "0.0", "ours"]
-
-
-def test_dense_probe_finds_the_masks_of_the_same_images_only():
-    masks = torch.rand(200, 1, 4, 4).round().bool()
-    masks = masks.expand(200, 2, 4, 4).reshape(200, 8, 4)[:, :4]  # (200,4,4)
+def test_dense_probe_reads_masks_from_patches():
+    assert mean_iou(*torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]]).bool()) == (1 / 4 + 0 / 3) / 2
+    masks = torch.rand(200, 4, 4).round().bool()
     patches = masks.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2).float()  # (200,4,4)
     features = torch.cat([1 - 2 * patches, torch.randn(200, 4, 2)], 2)
-    train, test = slice(0, 150), slice(150, 200)
-    probe_data = (features[train], masks[train], features[test])
-    assert dense_probe.dense_probe(*probe_data, masks[test]) == 1.0
-    assert dense_probe.dense_probe(*probe_data, masks[test].flip(0)) < 0.5
+    data = (features[:150], masks[:150], features[150:])
+    assert dense_probe(*data, masks[150:]) == 1.0 and dense_probe(*data, ~masks[150:]) == 0.0
 
 
-def test_dense_probe_prints_the_iou_of_both_networks(small, tmp_path, capsys):
-    c = small()
-    model = make_model(c, [0.5] * 3, [0.25] * 3)
-    torch.nn.init.zeros_(model.teacher.norm.weight)  # all patch tokens are equal
-    save_checkpoint(tmp_path / "c.pth", model, make_optimizer(model), epoch=0, step=0)
-    dense_probe.main([str(tmp_path / "c.pth"), "--images", "200", "--device", "cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    untrained, trained = (float(line.split()[-1].rstrip("%")) for line in lines)
-    assert lines[0].startswith("untrained network") and lines[1].startswith("trained teacher")
-    background = 1 - make_shapes(50, 32, 1, masks=True)[2].float().mean().item()
-    assert trained == pytest.approx(50 * background, abs=0.1) and untrained > trained + 2
-    with pytest.raises(SystemExit, match="2"):
-        dense_probe.main([str(tmp_path / "missing.pth")])
+def test_lightly_losses_have_our_units(small):
+    pytest.importorskip("lightly")
+    model = LightlyDINOv2(small(LAMBDA_PATCH=0.7, LAMBDA_KOLEO=0.3))
+    crops, local_views = torch.randn(2, 8, 3, 32, 32), torch.randn(2, 8, 3, 16, 16)
+    mask, _ = dinov2.draw_masks(model.config, "cpu")
+    blind, _ = model.student(crops.flatten(0, 1), torch.ones_like(mask))
+    close(blind, blind[:1].expand_as(blind))  # no patch is seen
+    tokens, patches = model.student(crops.flatten(0, 1), mask)
+    local, _ = model.student(local_views.flatten(0, 1))
+    logits = torch.cat([model.img_head(tokens), model.img_head(local)]).unflatten(0, (4, 8))
+    target_tokens, target_patches = model.teacher(crops.flatten(0, 1))
+    targets = (model.teacher_img_head(target_tokens) / 0.04).softmax(1).unflatten(0, (2, 8))
+    img = dinov2.multi_crop_dino_loss(logits, targets)
+    target_logits = model.teacher_patch_head(target_patches[mask])
+    patch = dinov2.ibot_loss(model.patch_head(patches[mask]), target_logits, mask, 0.04)
+    koleo = sum(dinov2.koleo_regularizer(x, "nearest") for x in tokens.chunk(2))
+    losses = model([*crops, *local_views], mask, 0.04)
+    found = torch.stack([losses[name] for name in ("loss", "img", "patch", "koleo")])
+    close(found, torch.stack([img + 0.7 * patch + 0.3 * koleo, img, patch, koleo]), 1e-4)
+    for group in make_optimizer(model).param_groups:
+        rows = {len(parameter) for parameter in group["params"]}
+        assert (rows == {16}) == (group["name"] == "prototypes")

@@ -1,0 +1,86 @@
+"""What README.md shows works: every command and every notebook cell, in small."""
+
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from conftest import ROOT, SMALL
+
+import dinov2_cifar
+from dinov2_cifar import CONSTANTS, main, make_shapes, parse_arguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+LINES = "\n".join(text for kind, text in BLOCKS if kind == "bash").replace("\\\n", " ")
+LINES += "\n".join(re.findall(r"^    ((?:python|torchrun) .*)", dinov2_cifar.__doc__, re.MULTILINE))
+COMMANDS = [shlex.split(part, comments=True) for part in re.split(r"\n|&&", LINES)]
+SKIPPED = r"(python -m )?(pip|pytest)\b|python \S*unpack\.py |git clone |cd |$|.* --help$"
+COMMANDS = [text for text in map(shlex.join, COMMANDS) if not re.match(SKIPPED, text)]
+RULE = r"(?:timeout \d+ )?(?:python|torchrun .*?) (dinov2_cifar\.py|benchmarks/\w+\.py)(.*)"
+
+
+@pytest.fixture(autouse=True)
+def few_images(tmp_path, monkeypatch):
+    """Run in an empty folder with 64 and 16 of the built-in images; no linear probe or figures."""
+    few = lambda n, *args, **options: make_shapes(n // 32, *args, **options)  # noqa: E731
+    monkeypatch.setattr(dinov2_cifar, "make_shapes", few)
+    monkeypatch.setattr(dinov2_cifar, "linear_probe", lambda *args: 0.5)
+    monkeypatch.setattr(dinov2_cifar, "plot_figures", lambda *args: None)
+    monkeypatch.chdir(tmp_path)
+
+
+def train_in_small(words, capsys):
+    parse_arguments([*words, "--device=cpu"])  # as they are, they fit together
+    for name, value in SMALL.items():  # of equal flags, the last counts
+        text = json.dumps(value) if isinstance(value, dict) else value
+        words += [f"--{name.lower().replace('_', '-')}={text}"] if name != "COMPILE" else []
+    main(words)
+    assert "trained teacher" in capsys.readouterr().out
+
+
+def parse_flags(script, words, monkeypatch):
+    """Run a benchmark until it has parsed its flags; those after --base are dinov2_cifar's."""
+    parse = ArgumentParser.parse_args
+    base = words[words.index("--base") + 1 :] if "--base" in words else []
+    parse_arguments([*base, "--device=cpu"])
+    monkeypatch.setattr(ArgumentParser, "parse_args", lambda *args: sys.exit(parse(*args)))
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with patch.dict(vars(dinov2_cifar)), pytest.raises(SystemExit, match="^Namespace"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_readme_command_works(command, capsys, monkeypatch):
+    rule = re.fullmatch(RULE, command)
+    assert rule, "no rule for this command"
+    script, words = rule[1], shlex.split(rule[2])
+    if script == "dinov2_cifar.py":
+        train_in_small(words, capsys)
+    else:
+        parse_flags(script, words, monkeypatch)
+
+
+def test_readme_cells_run_as_notebook(capsys, monkeypatch):
+    for name, value in {"BATCH_SIZE": 4, "TRAIN_IMAGES": 8, "DEVICE": "cpu"}.items():
+        monkeypatch.setitem(dinov2_cifar.QUICK, name, value)
+    namespace = {}
+    for text in (text for kind, text in BLOCKS if kind == "python"):
+        if "timm" not in text or importlib.util.find_spec("timm"):
+            exec(text, namespace)
+    assert Path("checkpoints/dinov2_final.pth").exists()
+    assert "missing_keys=['" not in capsys.readouterr().out  # where timm loads our weights
+
+
+def test_readme_names_exist():
+    assert {kind for kind, _ in BLOCKS} <= {"bash", "python", "text"}
+    names = re.findall(r"`([A-Z]+(?:_[A-Z]+)+|[A-Z]\w*[a-z]\w*)`", README)  # constants, classes
+    assert [n for n in names if n not in CONSTANTS and not hasattr(dinov2_cifar, n)] == []
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert [link for link in links if not (ROOT / link).exists()] == []
