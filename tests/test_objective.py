@@ -225,7 +225,7 @@ def test_block_masks_are_rectangles_within_the_bounds_of_beit(count, smallest, l
     assert quarters.min() > quarters.max() / 3
     h, w = longest_runs(mask, 1), longest_runs(mask, 2)
     placed = h * w >= smallest  # none, if rounding makes it too large
-    assert placed.float().mean() > 0.8
+    assert placed.float().mean() > 0.7
     h, w = h[placed], w[placed]
     area, aspect = h * w, (h / w).log()
     assert 0.85 * largest < area.max() <= largest and abs(area.mean() - (4 + count) / 2) < 8

@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, read_records
 from PIL import Image
 
 import dinov2_cifar
-from dinov2_cifar import Config, DINOv2, InputError, read_checkpoint, train_dinov2
+from dinov2_cifar import Config, DINOv2, InputError, read_checkpoint, step_indices, train_dinov2
 
 LOSSES = {"loss", "img", "patch", "koleo", "kl", "teacher_entropy", "mean_entropy", "prototypes"}
 MEANS = LOSSES | {"grad_norm", "skipped"}
@@ -42,6 +42,29 @@ def test_run_writes_the_promised_files(run):
     figures = {p.name: Image.open(p).convert("L") for p in Path(folder, "figures").iterdir()}
     assert figures.keys() == {"views.png", "attention.png", "pca.png", "curves.png"}
     assert all(len(figure.getcolors()) > 50 for figure in figures.values())
+
+
+def test_each_epoch_of_each_seed_shuffles_all_images(small):
+    def order(seed, epoch):
+        steps = range(8 * epoch, 8 * epoch + 8)
+        return torch.cat([i for s in steps for i in step_indices(64, small(SEED=seed), s)]).tolist()
+
+    orders = [list(range(64)), order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    assert all(sorted(indices) == orders[0] for indices in orders)
+    assert len(set(map(tuple, orders))) == 5
+
+
+def test_each_step_of_each_seed_has_its_own_random_numbers(small, shapes, monkeypatch, no_figures):
+    seeds, train_step = [], dinov2_cifar.train_step
+
+    def watch(*args):
+        seeds.append(torch.initial_seed())
+        return train_step(*args)
+
+    monkeypatch.setattr(dinov2_cifar, "train_step", watch)
+    for seed in (0, 1):
+        train_dinov2(small(TOTAL_EPOCHS=2, SEED=seed), shapes)
+    assert len(seeds) == len(set(seeds)) == 32
 
 
 def test_run_writes_the_promised_records(run):
