@@ -251,9 +251,10 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, token_indices=None):
-        q, k, v = rearrange(self.qkv(x), "b t (n h d) -> n b h t d", n=3, h=self.num_heads)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B,T,D) each
+        q, k, v = (rearrange(t, "b t (h d) -> b h t d", h=self.num_heads) for t in (q, k, v))
         dropout = self.dropout if self.training else 0.0
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
             # For so few tokens in bfloat16, torch's fused CPU kernel takes three times as long
             weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, T, T)
             x = F.dropout(weights, dropout) @ v

@@ -283,6 +283,19 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert files(tmp_path).keys() == {"metrics.jsonl"}
 
 
+def test_last_checkpoint_is_written_after_the_others(tmp_path, monkeypatch):
+    names, write_file = [], dinov2.write_file
+
+    def watch(path, data):
+        names.append(path.name)
+        write_file(path, data)
+
+    monkeypatch.setattr(dinov2, "write_file", watch)
+    train(tmp_path, SAVE_EVERY=1)
+    last_save = [name for name in names if name.endswith(".pth")][-3:]
+    assert last_save == ["dinov2_final.pth", "dinov2_epoch_2.pth", LAST]
+
+
 def test_second_signal_within_two_seconds_is_ignored(monkeypatch, request):
     clock, number = [100.0], signal.SIGINT
     monkeypatch.setattr("time.monotonic", lambda: clock[0])

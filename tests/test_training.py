@@ -160,7 +160,7 @@ def test_run_learns_stripes_better_than_untrained_network(small, no_figures):
     c = small(COLOR_JITTER=(0.8, 0.8, 0.8, 0.5), GRAYSCALE_PROB=0.5, **settings)
     train_dinov2(c, (x[:256], labels[:256], x[256:], labels[256:]))
     before, after = (read_records(c.OUTPUT_DIR, event)[-1] for event in ("baseline", "epoch"))
-    assert after["knn"] > max(0.9, before["knn"] + 0.1)
+    assert after["knn"] > max(0.85, before["knn"] + 0.05)
 
 
 def spoil(monkeypatch, steps, value=math.nan):
