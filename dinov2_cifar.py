@@ -5,8 +5,9 @@
     python dinov2_cifar.py --dataset photos/      # your images
     torchrun --nproc-per-node 2 dinov2_cifar.py   # two GPUs
 
-A student network sees local crops and masked global crops of an image. It predicts what a teacher
-network, a moving average of the student, outputs for the global crops. Labels are for evaluation.
+A student network sees local crops of an image, and global crops, half of them masked. It predicts
+what a teacher network, a moving average of the student, outputs for the global crops. Labels are
+for evaluation.
 
 k-NN accuracy of the frozen features after --quick on two CPU cores, mean of 3 seeds: 32.7 % (raw
 pixels 25.0 %, untrained network 11.1 %). README.md has CIFAR-10.
@@ -132,7 +133,7 @@ class Config:
     EVAL_EVERY = 1  # epochs between evaluations; 0: only at the end
     SAVE_EVERY = 10  # epochs between checkpoints that are kept; 0: only the last
     SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch; 0: none
-    RESUME = ""  # checkpoint to resume; "newest" or no value: OUTPUT_DIR/dinov2_last.pth
+    RESUME = ""  # checkpoint to resume; bare --resume: "newest", OUTPUT_DIR/dinov2_last.pth
 
     def __init__(self, **overrides):
         for name in [*filter(str.isupper, dir(type(self))), *overrides]:
@@ -474,7 +475,7 @@ def soft_cross_entropy(logits, targets, temperature, target_temp=None):
 
 
 def dino_loss(student_output, teacher_output, teacher_temp=0.04, student_temp=0.1):
-    """Image-level loss of matching rows (DINO, equation 2): logits (...,K) twice -> scalar mean.
+    """Loss of matching rows (DINO, equation 2; training uses the next): (...,K) twice -> scalar.
 
     With teacher_temp None, teacher_output holds distributions, such as Sinkhorn-Knopp's.
     """

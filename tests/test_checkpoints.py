@@ -243,7 +243,8 @@ def test_new_run_archives_an_earlier_one_after_its_first_step(finished, monkeypa
 
 def test_older_checkpoint_stays_and_newer_files_are_archived(finished, whole):
     before = files(finished)
-    train(finished, SAVE_EVERY=1, RESUME=str(finished / "dinov2_epoch_1.pth"))
+    crash_at(11, finished, RESUME=str(finished / "dinov2_epoch_1.pth"))
+    train(finished, SAVE_EVERY=1, RESUME="newest")  # from there, though nothing was saved since
     assert_same_run(finished, whole)
     (archive,) = finished.glob("earlier-*")
     assert files(archive) == {n: data for n, data in before.items() if n != "dinov2_epoch_1.pth"}
