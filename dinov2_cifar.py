@@ -1463,7 +1463,7 @@ def archive_previous_run(folder, keep=None):
 def save_run(model, optimizer, logger):
     """Save metrics.jsonl, dinov2_last.pth and, as they are due, dinov2_epoch_{n} and _final."""
     logger.flush()
-    finite = all(parameter.isfinite().all() for parameter in model.parameters())
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
     require(finite, f"weights are not finite at step {logger.step}; {REMEDY}")
     c, (epoch, steps_into_epoch) = model.config, divmod(logger.step, logger.steps_per_epoch)
     names = ["final"] if logger.step == logger.total_steps else []
@@ -1471,11 +1471,12 @@ def save_run(model, optimizer, logger):
         names.append(f"epoch_{epoch}")
     if rank() == 0:
         logger.write_metrics()
+        paths = [Path(c.OUTPUT_DIR, f"dinov2_{name}.pth") for name in [*names, "last"]]
         names_of_state = ("data_name", "steps_per_epoch", "history", "epoch_rows")
         state = {name: getattr(logger, name) for name in names_of_state}
-        for name in [*names, "last"]:  # where the last is, the others are
-            path = Path(c.OUTPUT_DIR, f"dinov2_{name}.pth")
-            save_checkpoint(path, model, optimizer, epoch, logger.step, **state)
+        save_checkpoint(paths[0], model, optimizer, epoch, logger.step, **state)
+        for path in paths[1:]:  # the last one comes last: where it is, the others are
+            write_file(path, paths[0].read_bytes())
     max_over_processes(0)  # no process leaves before the files are complete
     logger.saved_at = time.perf_counter()
 
@@ -1498,7 +1499,8 @@ class MetricLogger:
     def restore(self, states, path):
         """Resume a run; if images per step changed, after as many epochs."""
         c, self.checkpoint = self.config, Path(path)
-        with input_errors(path, "cannot be resumed: it was not saved by such a run"):
+        with input_errors(path, "cannot be resumed"):
+            require("epoch_rows" in states, "no run of this version has saved it")
             data, per_epoch = states["data_name"], states["steps_per_epoch"]
             require(data == self.data_name, f"it is of {data}, DATASET gives {self.data_name}")
             self.history, self.epoch_rows = states["history"], states["epoch_rows"]
@@ -1566,7 +1568,8 @@ class MetricLogger:
         timing = {"images_per_second": speed / (now - self.clock), "seconds": now - self.started}
         self.log("step", step=self.step, **means, **self.hparams, **timing)
         self.bar.set_postfix_str(f"loss {means.get('loss', math.nan):.2f}")
-        self.epoch_rows, self.pending, self.clock = self.epoch_rows + rows, [], now
+        self.epoch_rows += rows
+        self.pending, self.clock = [], now
         n, limit = sum(r["skipped"] for r in self.epoch_rows[-10:]), min(10, self.steps_per_epoch)
         require(n < limit, f"{n:.0f} steps in a row are not finite; {REMEDY}")
 

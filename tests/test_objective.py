@@ -317,14 +317,3 @@ def test_forward_gradients_reach_all_of_the_student_and_no_teacher(small, masked
         assert (parameter.grad is None) == unused
         assert unused or parameter.grad.isfinite().all()
         assert unused or masked < 5 or parameter.grad.abs().sum() > 0
-
-
-def test_target_diagnostics_by_hand():
-    targets = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]], [[0, 0, 1, 0], [0.6, 0, 0.4, 0]]])
-    values = dinov2_cifar.target_diagnostics(targets, torch.tensor(2.0, requires_grad=True))
-    entropy = (-0.6 * math.log(0.6) - 0.4 * math.log(0.4) + math.log(2)) / 4
-    close(values["teacher_entropy"], entropy)
-    close(values["mean_entropy"], -sum(p * math.log(p) for p in (0.525, 0.125, 0.35)))
-    close(values["kl"], 2 - entropy)
-    close(values["prototypes"], 0.5)  # the first and the third are some row's largest
-    assert not any(value.requires_grad for value in values.values())
