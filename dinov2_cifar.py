@@ -9,7 +9,7 @@ A student network sees local crops of an image, and global crops, half of them m
 what a teacher network, a moving average of the student, outputs for the global crops. Labels are
 for evaluation.
 
-k-NN accuracy of the frozen features after --quick on two CPU cores, mean of 3 seeds: 33.1 % (raw
+k-NN accuracy of the frozen features after --quick on two CPU cores, mean of 3 seeds: 36.1 % (raw
 pixels 25.0 %, untrained network 10.6 %). README.md has CIFAR-10.
 
 DINOv2 (arXiv 2304.07193) combines DINO (2104.14294) and iBOT (2111.07832) with Sinkhorn-Knopp
@@ -129,7 +129,7 @@ class Config:
     SEED = 0  # the same seed gives the same weights, bit for bit on a CPU
     DEVICE = str(torch.accelerator.current_accelerator(True) or "cpu")  # cuda, cuda:1, mps or cpu
     PRECISION = "auto"  # "bf16" autocast, "fp32", or "auto": bf16 where it is fast
-    COMPILE = True  # torch.compile the networks; on CUDA with Triton only
+    COMPILE = True  # torch.compile views, masks, networks, losses; on CUDA with Triton only
     EVAL_EVERY = 1  # epochs between evaluations; 0: only at the end
     SAVE_EVERY = 10  # epochs between checkpoints that are kept; 0: only the last
     SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch; 0: none
@@ -171,33 +171,30 @@ class MultiCropTransform:
         std=(0.2470, 0.2435, 0.2616),
     ):
         c = self.config = config or Config()
-        self.views = [(global_size, c.GLOBAL_CROPS_SCALE)] * global_crops
-        self.views += [(local_size, c.LOCAL_CROPS_SCALE)] * local_crops
+        self.crops = [(global_crops, global_size, c.GLOBAL_CROPS_SCALE)]
+        self.crops += [(local_crops, local_size, c.LOCAL_CROPS_SCALE)]
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, images):
-        images = to_uint8(images)
+        images, views = to_uint8(images), []
         if images.ndim == 3:
             return [view[0] for view in self(images.unsqueeze(0))]
-        x = images / 255
-        mean, std = (t.to(x.device, non_blocking=True) for t in (self.mean, self.std))
-        return [(self.random_view(x, size, scale) - mean) / std for size, scale in self.views]
+        self.mean, self.std = (t.to(images.device) for t in (self.mean, self.std))  # copied once
+        for number, size, scale in self.crops:
+            if number:
+                x = self.random_views(images, number, size, scale)
+                views += ((x - self.mean) / self.std).chunk(number)
+        return views
 
-    def random_view(self, x, size, scale):
-        """Return a random view of each image: (B,3,H,W) -> (B,3,size,size) in 0..1."""
-        c, device = self.config, x.device
-        flip = torch.rand(len(x), device=device) < 0.5 * c.FLIP
-        boxes = random_crop_boxes(*x[:, 0].shape, scale, device)
-        x = resized_crop(x, *boxes, flip, size)
-        # In one random order, drawn on the CPU: reading it from a GPU would synchronize
-        jittered, gray = torch.rand(2, len(x), 1, 1, 1, device=device)
-        jittered = jittered < c.COLOR_JITTER_PROB
-        adjustments = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-        for i in torch.randperm(4).tolist():
-            limit = c.COLOR_JITTER[i]
-            change = jittered * torch.empty_like(gray).uniform_(-limit, limit)
-            factor = change if i == 3 else (1 + change).clamp(min=0)
-            x = adjustments[i](x, factor) if limit else x
+    def random_views(self, images, number, size, scale):
+        """Draw views of uint8 images (B,3,H,W), each number times: (number*B,3,size,size), 0..1."""
+        c, device, count = self.config, images.device, number * len(images)
+        flip, jitter, gray = torch.rand(3, count, 1, 1, 1, device=device)
+        boxes = random_crop_boxes(count, *images.shape[2:], scale, device)
+        x = resized_crop(images / 255, *boxes, flip < 0.5 * c.FLIP, size)
+        jitter = jitter < c.COLOR_JITTER_PROB
+        changes = [jitter * torch.empty_like(gray).uniform_(-a, a) for a in c.COLOR_JITTER]
+        x = color_jitter(x, torch.stack(changes))
         return torch.where(gray < c.GRAYSCALE_PROB, TF.rgb_to_grayscale(x), x)
 
 
@@ -457,12 +454,13 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     1, columns to about B / K over all processes. In the log domain: exp overflows.
     """
     log_q = (features.float() / epsilon).clamp(-1e30, 1e30)
+    least = -80  # below, exp returns denormal numbers, which take a CPU 50 times as long
     for _ in range(num_iters):
         peak = all_reduce(log_q.amax(0), "MAX")  # (K,)
-        mass = all_reduce((log_q - peak).exp().sum(0))
+        mass = all_reduce((log_q - peak).clamp(min=least).exp().sum(0))
         log_q = log_q - peak - mass.log()  # each prototype has mass 1
         log_q = log_q.log_softmax(1)  # each sample has mass 1
-    return log_q.exp() if num_iters else log_q.softmax(1)
+    return log_q.clamp(min=least).exp() if num_iters else log_q.softmax(1)
 
 
 def soft_cross_entropy(logits, targets, temperature, target_temp=None):
@@ -522,7 +520,7 @@ def koleo_regularizer(features, kind="cosine"):
         cosine = x @ x.T
         if kind == "cosine":
             return (cosine.square().sum() - cosine.diagonal().square().sum()) / (n * (n - 1))
-        nearest = cosine.detach().fill_diagonal_(-2).argmax(1)
+        nearest = (cosine.detach() - 3 * torch.eye(n, device=x.device)).argmax(1)
         # index_select: on a CPU, the gradient of x[nearest] depends on the threads' order
         return -((x - x.index_select(0, nearest)).norm(dim=1) + 1e-8).log().mean()
 
@@ -567,7 +565,7 @@ class DINOv2(nn.Module):
 
         views: V times (B,3,S,S), global crops first. mask (R,N) bool: patches of the global crops
         that the student does not see. patch_indices (M,): where mask.flatten() is True, as
-        draw_masks returns; finding them here would synchronize with a GPU.
+        MaskGenerator draws; finding them here would synchronize with a GPU.
         """
         c, G = self.config, self.config.GLOBAL_CROPS_NUMBER
         if patch_indices is None:
@@ -580,8 +578,8 @@ class DINOv2(nn.Module):
         # One KoLeo per global crop, summed: two views of an image must not repel each other
         koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in tokens[:G])
         loss = c.LAMBDA_IMG * img + c.LAMBDA_PATCH * patch + c.LAMBDA_KOLEO * koleo
-        losses = {"loss": loss, "img": img, "patch": patch, "koleo": koleo}
-        return losses | target_diagnostics(img_targets, img)
+        parts = {"img": img.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
+        return {"loss": loss, **parts, **target_diagnostics(img_targets, img)}
 
     @torch.no_grad()
     def teacher_targets(self, crops, patch_indices, temperature):
@@ -661,6 +659,16 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
+def set_hyperparameters(optimizer, hparams):
+    """Set learning rates and weight decay; freeze the prototypes where their rate is 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = hparams["prototype_lr" if group["name"] == "prototypes" else "lr"]
+        group["weight_decay"] = 0.0 if group["name"] == "vectors" else hparams["weight_decay"]
+        if group["name"] == "prototypes":
+            for parameter in group["params"]:
+                parameter.requires_grad_(hparams["prototype_lr"] > 0)
+
+
 def train_step(model, optimizer, micro_batches, hparams):
     """Run one optimization step and update the teacher; return a dict of scalars on the device.
 
@@ -669,18 +677,18 @@ def train_step(model, optimizer, micro_batches, hparams):
     """
     network = getattr(model, "module", model)  # without DistributedDataParallel
     c = network.config
-    for group in optimizer.param_groups:
-        group["lr"] = hparams["prototype_lr" if group["name"] == "prototypes" else "lr"]
-        group["weight_decay"] = 0.0 if group["name"] == "vectors" else hparams["weight_decay"]
+    set_hyperparameters(optimizer, hparams)
 
     # Forward and backward; processes average gradients in the last micro-batch only
     optimizer.zero_grad(set_to_none=True)
     values = {}
     for i, (views, mask, *patch_indices) in enumerate(micro_batches):
+        # A tensor: for each new number, torch.compile would compile again
+        temperature = torch.full((), hparams["teacher_temp"], device=mask.device)
         skip_sync = i + 1 < c.ACCUMULATE and model is not network
         with model.no_sync() if skip_sync else nullcontext():
             with autocast(c):
-                outputs = model(views, mask, hparams["teacher_temp"], *patch_indices)
+                outputs = model(views, mask, temperature, *patch_indices)
             (outputs["loss"] / c.ACCUMULATE).backward()
         for name, value in outputs.items():
             values[name] = values.get(name, 0) + value.detach() / c.ACCUMULATE
@@ -714,6 +722,7 @@ def train_dinov2(config=None, dataset=None):
         mean, std = channel_mean_std(images.train_images)
         sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
         crops = MultiCropDataset(images, MultiCropTransform(*sizes, c, mean, std))
+        masks = MaskGenerator(c)
         steps_per_epoch = len(crops) // images_per_step(c)
         total_steps = steps_per_epoch * c.TOTAL_EPOCHS
 
@@ -733,13 +742,17 @@ def train_dinov2(config=None, dataset=None):
             logger.log("start", data=images.name, torch=version, config=c.to_dict())
             logger.log("baseline", **measure_baseline(model, images, mean, std))
 
-        wrapped_model = wrap_ddp(model)
-        with StopRequest() as stop, logger:
+        frozen = None  # whether the prototypes are, which DistributedDataParallel has to know
+        with StopRequest() as stop, logger, compiled_step(model, crops.transform, masks):
             for step in range(logger.step, total_steps):
                 seed_step(c.SEED, step + 1, rank())
                 hparams = hyperparameters(c, step, total_steps)
+                if frozen != (hparams["prototype_lr"] == 0):
+                    frozen = hparams["prototype_lr"] == 0
+                    set_hyperparameters(optimizer, hparams)
+                    wrapped_model = wrap_ddp(model)
                 batches = step_indices(len(crops), c, step)  # ACCUMULATE times (B,)
-                micro_batches = ((crops.__getitems__(i), *draw_masks(c, c.DEVICE)) for i in batches)
+                micro_batches = ((crops.__getitems__(i), *masks.draw()) for i in batches)
                 logger.add(train_step(wrapped_model, optimizer, micro_batches, hparams), hparams)
 
                 # Evaluate at the end of an epoch
@@ -751,8 +764,7 @@ def train_dinov2(config=None, dataset=None):
                     logger.end_epoch(epoch, evaluate(model, images, linear=last) if due else {})
 
                 # Save, and stop if a signal has asked for it
-                stop_signal = max_over_processes(stop.signal)
-                save_is_due = max_over_processes(logger.save_is_due())
+                stop_signal, save_is_due = max_over_processes(stop.signal, logger.save_is_due())
                 if steps_into_epoch == 0 or save_is_due or stop_signal:
                     save_run(model, optimizer, logger)
                 if stop_signal:
@@ -892,25 +904,29 @@ def collapse_warnings(scores, means, baseline, config):
 
 
 def resize_matrix(start, length, size_in, size_out):
-    """Return matrices (B,size_out,size_in) that resize boxes (B,), bicubic and antialiased."""
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)
-    pixel = torch.arange(size_in, device=start.device) - start  # (B,1,size_in)
+    """Return matrices (...,size_out,size_in) that resize boxes (...), bicubic and antialiased."""
+    start, length = start[..., None, None], length[..., None, None]
+    pixel = torch.arange(size_in, device=start.device) - start  # (...,1,size_in)
+    pixel = pixel.masked_fill((pixel < 0) | (pixel >= length), math.inf)
     scale = length / size_out
-    center = (torch.arange(size_out, device=start.device).view(1, -1, 1) + 0.5) * scale
-    x = ((pixel + 0.5 - center) / scale.clamp(min=1)).abs()
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2  # a = -0.5
-    weights = torch.where(x < 1, near, far) * ((x < 2) & (pixel >= 0) & (pixel < length))
-    return weights / weights.sum(2, keepdim=True)
+    center = (torch.arange(size_out, device=start.device).view(-1, 1) + 0.5) * scale
+    width = scale.clamp(min=1)
+    u = (1 - ((pixel + 0.5) / width - center / width).abs()).clamp(min=-1)
+    near = u.clamp(min=0)
+    weights = u * (u + 1) ** 2 + near**2 * (2 - 4 * near)  # Keys's cubic, a = -0.5, times two
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def resized_crop(images, top, left, height, width, flip, size):
-    """Crop boxes (B,) of images (B,3,H,W), mirror where flip, and resize."""
-    weights_y = resize_matrix(top, height, images.shape[2], size)
-    weights_x = resize_matrix(left, width, images.shape[3], size)
+    """Crop boxes (n*B,), row n * B + b of image b, from (B,3,H,W); mirror where flip, resize."""
+    (B, _, H, W), count = images.shape, len(top)
+    starts, lengths = torch.stack([top, left]), torch.stack([height, width])
+    weights_y, weights_x = resize_matrix(starts, lengths, max(H, W), size)  # (n*B,size,max(H,W))
     weights_x = torch.where(flip.view(-1, 1, 1), weights_x.flip(1), weights_x)
-    rows = images.flatten(1, 2) @ weights_x.mT  # (B,3*H,size)
-    crops = weights_y.unsqueeze(1) @ rows.unflatten(1, images.shape[1:3])
-    return crops.clamp(0, 1)  # bicubic interpolation overshoots
+    x = images.flatten(1, 2)
+    x = torch.cat([x @ weights.mT for weights in weights_x[..., :W].split(B)])  # (n*B,3*H,size)
+    x = weights_y[..., :H].unsqueeze(1) @ x.view(count, 3, H, size)
+    return x.clamp(0, 1)  # bicubic interpolation overshoots
 
 
 def random_crop_boxes(batch, height, width, scale, device, ratio=(3 / 4, 4 / 3), attempts=10):
@@ -926,63 +942,83 @@ def random_crop_boxes(batch, height, width, scale, device, ratio=(3 / 4, 4 / 3),
     return (y * (height - h + 1)).floor(), (x * (width - w + 1)).floor(), h, w
 
 
-def adjust_brightness(images, factor):
-    """Scale images (B,3,H,W) by factor (B,1,1,1), as the next two do; 1: no change."""
-    return (images * factor).clamp(0, 1)
+def color_jitter(x, changes):
+    """Adjust brightness, contrast, saturation and hue of images in an order of their own.
+
+    x (B,3,H,W) in 0..1. changes (4,B,1,1,1): added to the hue, and to the factors, which are 1.
+    """
+    # Hue takes longest, and is adjusted once for all: chance decides what comes before it
+    rows = math.ceil(len(x) / 4) * 4
+    shuffled = torch.rand(rows, device=x.device).argsort()
+    order, indices = torch.rand(3, rows, 1, 1, 1, device=x.device).argsort(0), shuffled % len(x)
+    return adjust_colors(x[indices], changes[:, indices], order)[shuffled.argsort()[: len(x)]]
 
 
-def adjust_contrast(images, factor):
-    mean = TF.rgb_to_grayscale(images).mean((2, 3), keepdim=True)
-    return torch.lerp(mean, images, factor).clamp(0, 1)
+def adjust_colors(x, changes, order):
+    """Adjust images (4n,3,H,W), overwriting x; quarter q gets its hue after q other adjustments.
 
+    order (3,4n,1,1,1): of the other three; the last q come before the hue.
+    """
+    factors, quarter = (1 + changes[:3]).clamp(min=0).gather(0, order), len(x) // 4
+    is_contrast, is_brightness = order == 1, order == 0
 
-def adjust_saturation(images, factor):
-    return torch.lerp(TF.rgb_to_grayscale(images), images, factor).clamp(0, 1)
+    def blend(part, i):
+        """Blend some images with black, their mean gray, or each pixel's gray."""
+        gray = TF.rgb_to_grayscale(x[part])
+        base = torch.where(is_contrast[i, part], gray.mean((2, 3), keepdim=True), gray)
+        base = base.masked_fill(is_brightness[i, part], 0)
+        x[part] = torch.lerp(base, x[part], factors[i, part]).clamp(0, 1)
+
+    for i in range(3):
+        blend(slice((3 - i) * quarter, None), i)  # the last quarter thrice, the first never
+    x = adjust_hue(x, changes[3])
+    for i in range(3):
+        blend(slice(0, (3 - i) * quarter), i)
+    return x
 
 
 def adjust_hue(images, shift):
-    """Rotate the hue by shift (B,1,1,1), -0.5..0.5 of a circle."""
-    r, g, b = images.unbind(1)
-    value = images.amax(1)
-    chroma = value - images.amin(1)
-    safe = torch.where(chroma > 0, chroma, 1)
-    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, hue)  # in sixths of a circle
+    """Rotate the hue of images (B,3,H,W) by shift (B,1,1,1), -0.5..0.5 of a circle."""
+    r, g, b = images.split(1, 1)
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    safe = chroma.clamp(min=1e-6)
+    hue = torch.where(value == g, b - r + 2 * safe, r - g + 4 * safe)
+    hue = torch.where(value == r, g - b, hue) / safe + 6 * shift  # in sixths of a circle
     offset = 5 - 2 * torch.arange(3, device=images.device).view(1, 3, 1, 1)  # of r, g, b
-    k = (offset + hue.unsqueeze(1) + 6 * shift) % 6
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    k = (offset + hue) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def generate_random_mask(batch_size, num_patches, mask_ratio, device="cpu"):
     """Return bool (batch_size,num_patches), int(mask_ratio * num_patches) True in each row."""
     counts = torch.full((batch_size,), int(mask_ratio * num_patches), device=device)
-    return generate_block_mask(counts, 1, num_patches, attempts=0)
+    return generate_block_mask(counts, 1, num_patches, blocks=0)
 
 
-def generate_block_mask(counts, height, width, attempts=10):
-    """Mask counts (R,) patches: rectangles (BEiT, algorithm 1), then random ones. Bool (R,N).
+def generate_block_mask(counts, height, width, blocks=10):
+    """Mask counts (R,) patches by rectangles (BEiT, 2106.08254, algorithm 1). Bool (R,N).
 
-    A rectangle has at least 4 patches and an aspect ratio of 0.3 to 1 / 0.3.
+    Rectangles of 4 patches to a whole count, of aspect ratio 0.3 to 1 / 0.3, are drawn until they
+    cover the count; the last one is cut off. If all blocks do not, random patches are added.
     """
-    device = counts.device
-    mask = torch.zeros(len(counts), height, width, dtype=torch.bool, device=device)
-    y = torch.arange(height, device=device).view(1, -1, 1)
-    x = torch.arange(width, device=device).view(1, 1, -1)
-    for _ in range(attempts):
-        missing = counts - mask.sum((1, 2))
-        random = torch.rand(4, len(counts), 1, 1, device=device)
-        area = (4 + random[0] * (missing.view(-1, 1, 1) - 4)).clamp(min=0)
-        aspect = (math.log(0.3) * (1 - 2 * random[1])).exp()
-        h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-        top = (random[2] * (height - h + 1)).floor()
-        left = (random[3] * (width - w + 1)).floor()
-        block = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)
-        fits = (missing >= 4) & ((block & ~mask).sum((1, 2)) <= missing)
-        fits &= ((h <= height) & (w <= width)).flatten()
-        mask |= block & fits.view(-1, 1, 1)
-    mask = mask.flatten(1)
-    order = torch.rand(mask.shape, device=device) - mask.float()  # masked ones come first
-    return order.argsort(1).argsort(1) < counts.unsqueeze(1)
+    device, rows = counts.device, len(counts)
+    random = torch.rand(4, rows, blocks, 1, device=device)
+    area = 4 + random[0] * (counts.view(-1, 1, 1) - 4).clamp(min=0)
+    aspect = (math.log(0.3) * (1 - 2 * random[1])).exp()
+    h = (area * aspect).sqrt().round().clamp(1, height)
+    w = (area / aspect).sqrt().round().clamp(1, width)
+    top, left = (random[2] * (height - h + 1)).floor(), (random[3] * (width - w + 1)).floor()
+    y, x = (torch.arange(size, device=device) for size in (height, width))
+    in_rows, in_columns = (y >= top) & (y < top + h), (x >= left) & (x < left + w)
+    covered = (in_rows.unsqueeze(3) & in_columns.unsqueeze(2)).flatten(2)  # (R,blocks,N)
+    # Order patches by the first block that covers them, the others last and at random
+    order = blocks + torch.rand(rows, height * width, device=device)
+    number = torch.arange(blocks, device=device).view(-1, 1)
+    order = torch.where(covered, number, order.unsqueeze(1)).amin(1) if blocks else order
+    mask = order.argsort(dim=1, stable=True).argsort(1) < counts.unsqueeze(1)
+    # The last block's upper rows come first: turn half of the masks upside down
+    return torch.where(torch.rand(rows, 1, device=device) < 0.5, mask.flip(1), mask)
 
 
 def masked_patch_counts(crops, num_patches, mask_ratio, mask_prob):
@@ -993,15 +1029,23 @@ def masked_patch_counts(crops, num_patches, mask_ratio, mask_prob):
     return counts + [0] * (crops - n)
 
 
-def draw_masks(config, device):
-    """Draw masks (R,N) of a batch; return also the indices (M,) of what is masked."""
-    c, side = config, config.GLOBAL_CROP_SIZE // config.PATCH_SIZE
-    crops = c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE
-    counts = torch.tensor(masked_patch_counts(crops, side**2, c.MASK_RATIO, c.MASK_PROB))
-    shuffled = counts[torch.randperm(crops)].to(device, non_blocking=True)
-    mask = generate_block_mask(shuffled, side, side, 10 if c.MASK_KIND == "block" else 0)
-    order = mask.flatten().byte().argsort(descending=True, stable=True)  # nonzero synchronizes
-    return mask, order[: int(counts.sum())]
+class MaskGenerator:
+    """Masks (R,N) of a batch's global crops, and the indices (M,) of what is masked.
+
+    Each batch has the same M, known without waiting for the device.
+    """
+
+    def __init__(self, config):
+        c, self.side = config, config.GLOBAL_CROP_SIZE // config.PATCH_SIZE
+        crops, self.blocks = c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE, 10 * (c.MASK_KIND == "block")
+        counts = masked_patch_counts(crops, self.side**2, c.MASK_RATIO, c.MASK_PROB)
+        self.counts, self.num_masked = torch.tensor(counts, device=c.DEVICE), sum(counts)
+
+    def draw(self):
+        counts = self.counts[torch.rand(self.counts.shape, device=self.counts.device).argsort()]
+        mask = generate_block_mask(counts, self.side, self.side, self.blocks)
+        indices = mask.flatten().byte().argsort(descending=True, stable=True)
+        return mask, indices[: self.num_masked]
 
 
 # ---- Data sources ----
@@ -1209,8 +1253,8 @@ def prepare_images(config, dataset=None):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
         chosen, count = order[: c.TRAIN_IMAGES].sort().values, c.TRAIN_IMAGES
         images = Images(*[t if t is None else t[chosen] for t in images[:2]], *images[2:])
-    least, most = -max_over_processes(-count), max_over_processes(count)
-    require(least == most, f"processes have {least:.0f} to {most:.0f} training images")
+    most, least = max_over_processes(count, -count)
+    require(most == -least, f"processes have {-least:.0f} to {most:.0f} training images")
     needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
     require(n <= count, f"BATCH_SIZE ({c.BATCH_SIZE}) {needs}; lower it")
     return Images(*[t.to(c.DEVICE) if isinstance(t, torch.Tensor) else t for t in images])
@@ -1265,9 +1309,9 @@ def all_gather_rows(x):
     return AllReduceSum.apply(F.pad(x, (0, 0, before, after)))
 
 
-def max_over_processes(number):
-    """Return the largest number, so that all processes take the same branch."""
-    return all_reduce(torch.tensor(float(number)), "MAX").item() if world_size() > 1 else number
+def max_over_processes(*numbers):
+    """Return the largest of each number, so that all processes take the same branch."""
+    return all_reduce(torch.tensor(numbers, dtype=torch.double), "MAX").tolist()
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -1280,10 +1324,13 @@ class BatchNorm(nn.BatchNorm1d):
         rows = x.flatten(0, -2)
         if world_size() == 1:
             return super().forward(rows).view_as(x) if len(rows) > 1 else x
-        count, rows = len(rows) * world_size(), rows.float()
-        centered = rows - AllReduceSum.apply(rows.sum(0)) / count
-        variance = AllReduceSum.apply(centered.square().sum(0)) / count
-        return (centered * (variance + self.eps).rsqrt() * self.weight + self.bias).view_as(x)
+        rows = rows.float()
+        variance, mean = (t.double() for t in torch.var_mean(rows, 0, correction=0))
+        # In double precision: the difference of two large numbers follows
+        moments = torch.stack([mean, variance + mean.square()])
+        mean, square = AllReduceSum.apply(moments) / world_size()
+        scale = (square - mean.square() + self.eps).rsqrt()
+        return ((rows - mean.float()) * scale.float() * self.weight + self.bias).view_as(x)
 
 
 @contextmanager
@@ -1307,7 +1354,7 @@ def setup_processes(config):
 
 
 def wrap_ddp(model):
-    """With several processes, wrap model so that they average their gradients."""
+    """With several processes, wrap model so that they average what has gradients by now."""
     if world_size() == 1:
         return model
     unused = not model.config.MASK_RATIO  # the patch head, without masks
@@ -1317,18 +1364,35 @@ def wrap_ddp(model):
 
 
 def make_model(config, mean, std):
-    """Return a DINOv2 on DEVICE with the pixels' mean and std, compiled where that pays."""
+    """Return a DINOv2 on DEVICE with the pixels' mean and std."""
     model = DINOv2(config)
     for backbone in (model.student, model.teacher):
         backbone.pixel_mean.copy_(torch.tensor(mean).view(3, 1, 1))
         backbone.pixel_std.copy_(torch.tensor(std).view(3, 1, 1))
-    model.to(config.DEVICE)
-    if config.COMPILE and torch.device(config.DEVICE).type == "cuda" and has_triton():
-        # With several processes the heads contain collectives, which do not compile
-        compiled = 3 if world_size() == 1 else 1
-        for module in model.student_modules[:compiled] + model.teacher_modules[:compiled]:
-            module.compile(dynamic=False)
-    return model
+    return model.to(config.DEVICE)
+
+
+def can_compile(config):
+    """Return whether COMPILE pays and works: on CUDA with Triton."""
+    return config.COMPILE and torch.device(config.DEVICE).type == "cuda" and has_triton()
+
+
+@contextmanager
+def compiled_step(model, transform, masks, **options):
+    """Inside, views, masks and objective are compiled, each function as a whole."""
+    methods = [(transform, "random_views"), (masks, "draw"), (model, "forward")]
+    if world_size() > 1:  # the heads and losses contain collectives
+        methods[2:] = [(model.student, "forward"), (model.teacher, "forward")]
+    methods = methods if can_compile(model.config) else []
+    if methods:
+        print("compiling in the first step; --no-compile starts at once", flush=True)
+        torch._dynamo.reset()  # graphs of earlier models count towards a limit
+    for owner, name in methods:
+        function = torch.compile(getattr(owner, name), fullgraph=True, dynamic=False, **options)
+        setattr(owner, name, function)
+    yield
+    for owner, name in methods:
+        delattr(owner, name)
 
 
 def use_bf16(config):
@@ -1643,9 +1707,9 @@ def plot_figures(model, images, transform, history):
     x = x[torch.linspace(0, len(x) - 1, 8).long()]  # (8,3,H,W), evenly spaced
 
     # Global crops with masked patches in gray, and local crops
-    views = [view.cpu() * transform.std + transform.mean for view in transform(x)]
+    views = [(view * transform.std + transform.mean).cpu() for view in transform(x)]
     side = c.GLOBAL_CROP_SIZE // c.PATCH_SIZE
-    masks = draw_masks(c, "cpu")[0].view(-1, 1, side, side)
+    masks = MaskGenerator(c).draw()[0].cpu().view(-1, 1, side, side)
     masks = F.interpolate(masks.float(), scale_factor=float(c.PATCH_SIZE)) > 0  # (R,1,S,S)
     for v in range(c.GLOBAL_CROPS_NUMBER):
         crop = torch.arange(8) * c.GLOBAL_CROPS_NUMBER + v

@@ -10,6 +10,7 @@ a moving mean, not balanced by Sinkhorn-Knopp. Checkpoints and metrics.jsonl are
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -125,6 +126,7 @@ def make_optimizer(model):
 
 def install():
     """Put lightly's parts in the place of ours in dinov2_cifar."""
+    warnings.filterwarnings("ignore", "To copy construct from a tensor")  # the temperature
     dinov2.DINOv2, dinov2.make_optimizer = LightlyDINOv2, make_optimizer
     dinov2.STATES = (*dinov2.STATES, "img_loss", "patch_loss")  # the centers
     dinov2.plot_figures = lambda *args: None  # they need our network

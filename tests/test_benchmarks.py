@@ -78,8 +78,10 @@ def test_throughput_measures_a_step(tmp_path, monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(dinov2.Config, name, value)
     monkeypatch.setattr(throughput, "run_worker", throughput.measure_step)
-    monkeypatch.setattr(throughput, "HAS_LIGHTLY", False)
-    words = "--device cpu --sizes tiny --crops 16 --batch-size 8 --rounds 2 --repeats 1 --output"
+    monkeypatch.setattr(throughput, "CONTENDERS", {"ours, eager": None})
+    words = (
+        "--device cpu --sizes tiny --patch-sizes 8 --batch-size 8 --rounds 2 --repeats 1 --output"
+    )
     throughput.main([*words.split(), str(tmp_path / "t.json")])
     (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert len(row["seconds"]) == 2 and row["peak_gib"] > 0.1 and min(row["stages"].values()) > 0
@@ -88,14 +90,15 @@ def test_throughput_measures_a_step(tmp_path, monkeypatch):
         linear = 32**2 * (30 * crops * (n + 1) + 18 * selected)  # the last MLP: of the selected
         return np.array([384 * 32 * crops * n, linear, 8 * 32 * crops * (n + 1) ** 2])
 
-    masked = len(dinov2.draw_masks(dinov2.Config(), "cpu")[1])
+    masked = len(dinov2.MaskGenerator(dinov2.Config(DEVICE="cpu")).draw()[1])
     teacher, local = forward(16, 16, 16 + masked), forward(16, 4, 16)
     student = [2, 3, 3.5] @ (teacher + local)  # images get no gradient
-    heads, koleo = 5632 * (16 + masked + 3 * (32 + masked)), 2 * (2 * 8 * 8 * 32)
+    heads = 5632 * (16 + masked + 3 * (32 + masked)) - 512 * (32 + masked)  # frozen prototypes
+    koleo = 2 * (2 * 8 * 8 * 32)
     assert row["operations"] == teacher.sum() + student + heads + koleo
     row |= {"operations": 3e9, "seconds": [0.01, 0.02, 0.04], "peak_gib": 1.234}
     row["stages"] = dict.fromkeys(throughput.STAGES, 0.0123)
-    cells = "tiny | 2 x 32 + 6 x 16 px | ours | 400 (200..800) | 1.23 | 15" + 4 * " | 12.3"
+    cells = "tiny | 8 | ours, eager | 400 (200..800) | 1.23 | 15" + 4 * " | 12.3"
     assert throughput.table_row(row, 1e12) == f"| {cells} |"
 
 
@@ -112,7 +115,7 @@ def test_lightly_losses_have_our_units(small):
     pytest.importorskip("lightly")
     model = LightlyDINOv2(small(LAMBDA_PATCH=0.7, LAMBDA_KOLEO=0.3))
     crops, local_views = torch.randn(2, 8, 3, 32, 32), torch.randn(2, 8, 3, 16, 16)
-    mask, _ = dinov2.draw_masks(model.config, "cpu")
+    mask, _ = dinov2.MaskGenerator(model.config).draw()
     blind, _ = model.student(crops.flatten(0, 1), torch.ones_like(mask))
     close(blind, blind[:1].expand_as(blind))  # no patch is seen
     tokens, patches = model.student(crops.flatten(0, 1), mask)

@@ -108,24 +108,31 @@ def test_optimizer_holds_each_student_parameter_once(small, batch_norm):
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
 def test_train_step_is_adamw_by_hand(small, clip):
-    """In float64, from the gradients of a copy: its own rates for prototypes, decay by name."""
+    """In float64, from the gradients of a copy: decay by name, prototypes that are frozen first."""
     run = Run(small(CLIP_GRAD=clip, REGISTER_TOKENS=1, LAYER_SCALE=0.1))
-    moments = {name: (0.0, 0.0) for name in run.student()}
-    rates = enumerate([(0.02, 0.0, 0.3), (0.01, 0.005, 0.4), (0.02, 0.04, 0.0)], 1)
-    for t, (lr, prototype_lr, decay) in rates:
+    moments = {name: (0.0, 0.0, 0) for name in run.student()}
+    for lr, prototype_lr, decay in [(0.02, 0.0, 0.3), (0.01, 0.005, 0.4), (0.02, 0.04, 0.0)]:
         twin = deepcopy(run.model)
+        for head in (twin.img_head, twin.patch_head):
+            head.prototypes.requires_grad_(prototype_lr > 0)
         twin(run.views, run.mask, HPARAMS["teacher_temp"])["loss"].backward()
         twin = {name: p for name, p in twin.named_parameters() if name in moments}
-        norm = sum(float(p.grad.double().square().sum()) for p in twin.values()) ** 0.5
+        grads = {name: p.grad.double() for name, p in twin.items() if p.grad is not None}
+        assert len(twin) - len(grads) == (0 if prototype_lr else 2)
+        norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
         values = run.step(lr=lr, prototype_lr=prototype_lr, weight_decay=decay)
         assert float(values["grad_norm"]) == pytest.approx(norm, rel=1e-5) and norm > 0.5
         for name, new in run.student().items():
-            old, g = twin[name].detach().double(), twin[name].grad.double()
+            if name not in grads:  # frozen: no decay, no moments
+                assert torch.equal(new, twin[name])
+                continue
+            old, g = twin[name].detach().double(), grads[name]
             g = g * min(1, clip / norm) if clip else g
-            m, v = moments[name]
-            m, v = moments[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-            exempt = name.endswith(("bias", "gamma", "token", "register_tokens")) or "norm" in name
             rate = prototype_lr if name.endswith("prototypes") else lr
+            m, v, t = moments[name]
+            m, v, t = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2, t + 1
+            moments[name] = m, v, t
+            exempt = name.endswith(("bias", "gamma", "token", "register_tokens")) or "norm" in name
             old = old * (1 - rate * (0 if exempt or old.ndim == 1 else decay))
             update = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
             close(new.detach(), old - rate * update, 2e-6)

@@ -17,6 +17,8 @@ import dinov2_cifar as dinov2
 from dinov2_cifar import Config, make_shapes, read_checkpoint
 
 no_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server")
+# Of a micro-batch, with and without masks: batch norm, Sinkhorn-Knopp, KoLeo, diagnostics
+ALL_REDUCES = {True: 18 + 12 + 4 + 2, False: 9 + 6 + 4 + 2}
 pytestmark = [pytest.mark.slow, no_fork]
 
 
@@ -65,13 +67,16 @@ def take_steps(folder, batches, size, changes):
             batches = [[t.flatten(0, 1) for t in batch] for batch in split]
         *views, mask = batches[0]
         targets = model.teacher_targets(torch.cat(views[:2]), mask.flatten().nonzero()[:, 0], 0.05)
-        loss = dinov2.multi_crop_dino_loss
+        loss, all_reduce, calls = dinov2.multi_crop_dino_loss, torch.distributed.all_reduce, []
+        patch.setattr(dinov2.dist, "all_reduce", lambda *a: calls.append(a) or all_reduce(*a))
         for step in range(3):
             if step == 2 and rank == last:  # the gradients stay finite
                 patch.setattr(dinov2, "multi_crop_dino_loss", lambda *a: loss(*a) + math.inf)
             pair = [(views, mask) for *views, mask in batches[2 * step : 2 * step + 2]]
             values = dinov2.train_step(wrapped, optimizer, pair, hparams)
             rows.append({name: value.item() for name, value in values.items()})
+            micro_batches = 2 * (step + 1)
+            assert len(calls) == (micro_batches * ALL_REDUCES[c.MASK_RATIO > 0] + step + 1) * last
         states = [p.grad for p in model.parameters() if p.grad is not None]
         states = torch.cat([t.detach().flatten() for t in (*states, *model.parameters())])
         torch.save((targets, rows, states), folder / f"{rank}.pt")
@@ -81,7 +86,7 @@ def take_steps(folder, batches, size, changes):
 def test_two_processes_equal_one_with_the_double_batch(changes, tmp_path):
     c, batches = Config(**{**SMALL, **changes}), []
     for _ in range(6):
-        halves = [dinov2.draw_masks(c, "cpu")[0].unflatten(0, (2, 8)) for _ in range(2)]
+        halves = [dinov2.MaskGenerator(c).draw()[0].unflatten(0, (2, 8)) for _ in range(2)]
         views = [torch.randn(16, 3, size, size) for size in (32, 32, 16, 16)]
         batches.append([*views, torch.cat(halves, 1).flatten(0, 1)])
     take_steps(tmp_path, batches, 16, changes)
@@ -123,25 +128,30 @@ def run(folder, changes, counts=(64, 64)):
     dinov2.main([])
 
 
-def run_with_a_slow_disk(folder):
-    """Note the newest checkpoint's step when a process goes on, and a random number."""
+def run_with_a_slow_disk(folder, frozen):
+    """Note the newest step on disk when a process goes on, a random number, the prototypes."""
     write_file, save_run, rank = dinov2.write_file, dinov2.save_run, os.environ["RANK"]
 
     def save(model, optimizer, logger):
         save_run(model, optimizer, logger)
-        numbers = read_checkpoint(folder / "out" / LAST)["step"], torch.rand(()).item()
-        torch.save(numbers, folder / f"{rank}-{logger.step}.pt")
+        prototypes = model.img_head.prototypes.detach()
+        values = read_checkpoint(folder / "out" / LAST)["step"], torch.rand(()).item(), prototypes
+        torch.save(values, folder / f"{rank}-{logger.step}.pt")
 
     dinov2.write_file = lambda *args: time.sleep(0.3) or write_file(*args)
     dinov2.save_run = save
-    run(folder, {"TOTAL_EPOCHS": 2})
+    run(folder, {"TOTAL_EPOCHS": 2, "FREEZE_PROTOTYPES": frozen})
 
 
-def test_processes_wait_for_saves_and_draw_different_numbers(tmp_path):
-    finish(start(run_with_a_slow_disk, tmp_path), tmp_path)
+@pytest.mark.parametrize("frozen", [0.0, 0.5])  # thawed after the first step, of which lr is 0
+def test_processes_wait_for_saves_and_draw_different_numbers(frozen, tmp_path):
+    finish(start(run_with_a_slow_disk, tmp_path, frozen), tmp_path)
     for step in (4, 8):
-        (first, number), (second, other) = (torch.load(tmp_path / f"{r}-{step}.pt") for r in "01")
-        assert first == second == step and number != other
+        values = zip(*(torch.load(tmp_path / f"{rank}-{step}.pt") for rank in "01"), strict=True)
+        saved, (number, other), (prototypes, others) = values
+        assert saved == (step, step) and number != other
+        assert torch.equal(prototypes, others)
+        assert torch.equal(prototypes, torch.load(tmp_path / "0-4.pt")[2]) == (step == 4)
 
 
 def test_processes_with_unequal_images_are_one_error(tmp_path):

@@ -173,14 +173,29 @@ def test_dataset_and_data_path_choose_images(monkeypatch):
 @pytest.mark.parametrize("compile", [True, False])
 def test_device_and_compile_choose_how_networks_run(compile, device, triton, monkeypatch):
     config, compiled, moved = Config(**{**BASE, "COMPILE": compile}), [], []
+    transform, masks = (
+        dinov2_cifar.MultiCropTransform(config=config),
+        dinov2_cifar.MaskGenerator(config),
+    )
     config.DEVICE = device  # after validation
     monkeypatch.setattr(dinov2_cifar, "has_triton", lambda: triton)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or self)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or "compiled")
     model = dinov2_cifar.make_model(config, [0.5] * 3, [0.2] * 3)
-    networks = {*model.student_modules, *model.teacher_modules}
-    expected = networks if compile and device == "cuda" and triton else set()
-    assert (set(compiled), moved) == (expected, [device])
+    assert moved == [device]
+    owners = {"random_views": transform, "draw": masks, "forward": model}
+    for processes in (1, 2):
+        monkeypatch.setattr(dinov2_cifar, "world_size", lambda n=processes: n)
+        functions = [getattr(owner, name) for name, owner in owners.items()]
+        networks = (
+            [functions[2]] if processes == 1 else [model.student.forward, model.teacher.forward]
+        )
+        with dinov2_cifar.compiled_step(model, transform, masks):
+            works = compile and device == "cuda" and triton
+            assert compiled == ([*functions[:2], *networks] if works else [])
+            assert (transform.random_views == "compiled") == works
+        assert [getattr(owner, name) for name, owner in owners.items()] == functions
+        compiled.clear()
 
 
 def test_flags_override_quick_and_quick_overrides_config(monkeypatch):

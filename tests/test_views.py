@@ -1,6 +1,7 @@
 """Views: image operations against torchvision's, and random crops of single images and batches."""
 
 import math
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -47,22 +48,41 @@ def images():
 # Operations
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_color_adjustment_equals_torchvision(name, device):
-    factors = [-0.5, -0.08, 0.0, 0.31] if name == "hue" else [0.0, 0.3, 1.0, 1.7]
-    ours, theirs = (getattr(module, f"adjust_{name}") for module in (dinov2_cifar, TF))
-    x = colorful(4, 9, 13, device)
-    expected = torch.stack([theirs(x, f) for x, f in zip(x, factors, strict=True)])
-    close(ours(x, torch.tensor(factors, device=device).view(-1, 1, 1, 1)), expected)
+def test_adjust_hue_equals_torchvision(device):
+    x, shifts = colorful(4, 9, 13, device), [-0.5, -0.08, 0.0, 0.31]
+    expected = [TF.adjust_hue(image, shift) for image, shift in zip(x, shifts, strict=True)]
+    shifts = torch.tensor(shifts, device=device).view(-1, 1, 1, 1)
+    close(dinov2_cifar.adjust_hue(x, shifts), torch.stack(expected))
+
+
+def test_adjust_colors_equals_torchvision_in_every_order(device):
+    """Quarter i of the images changes its hue after i other adjustments, of which there are 6."""
+    x, order = colorful(24, 9, 13, device), torch.tensor([*permutations(range(3))] * 4)
+    changes = torch.rand(4, 24) - 0.5
+    changes[:, 3] = 0
+    changes[:3, 4] = -2  # a factor below 0
+    names, expected = ("brightness", "contrast", "saturation", "hue"), []
+    for i, image in enumerate(x):
+        kinds = order[i].tolist()
+        for kind in [*kinds[: i // 6], 3, *kinds[i // 6 :]]:
+            value = float(changes[kind, i] if kind == 3 else max(0, 1 + changes[kind, i]))
+            image = getattr(TF, f"adjust_{names[kind]}")(image, value)
+        expected.append(image)
+    # The last i // 6 come first
+    order = torch.stack([o.roll(-(i // 6)) for i, o in enumerate(order)], 1).view(3, 24, 1, 1, 1)
+    changes = changes.view(4, 24, 1, 1, 1)
+    found = dinov2_cifar.adjust_colors(x.clone(), changes.to(device), order.to(device))
+    close(found, torch.stack(expected))
+    close(found[3], x[3])
 
 
 @pytest.mark.parametrize("scale", [(0.02, 0.2), (0.3, 1.0)], ids=str)
 @pytest.mark.parametrize("shape, size", [((32, 32), 32), ((37, 29), 8), ((20, 64), 48)], ids=str)
 def test_resized_crop_equals_torchvision(shape, size, scale, device):
-    x, flip = colorful(8, *shape, device), torch.arange(8, device=device) % 2 == 1
+    x, flip = colorful(4, *shape, device), torch.arange(8, device=device) % 3 == 1
     boxes = dinov2_cifar.random_crop_boxes(8, *shape, scale, device)
     expected = []
-    for image, flipped, *box in zip(x, flip, *boxes, strict=True):
+    for image, flipped, *box in zip([*x, *x], flip, *boxes, strict=True):
         crop = TF.resized_crop(image, *map(int, box), [size, size], TF.InterpolationMode.BICUBIC)
         expected.append((TF.hflip(crop) if flipped else crop).clamp(0, 1))
     close(dinov2_cifar.resized_crop(x, *boxes, flip, size), torch.stack(expected))
@@ -177,20 +197,35 @@ def test_transform_changes_the_fraction_of_its_setting(settings, fraction, opera
         close(crops[changed], operation(image / 255).expand_as(crops[changed]), 1e-4)
 
 
-def test_color_jitter_draws_factors_from_its_ranges_and_every_order(monkeypatch):
-    calls, names = [], ("brightness", "contrast", "saturation", "hue")
-    spy = {n: lambda x, factor, n=n: calls.append((n, factor.item())) or x for n in names}
-    for name in names:
-        monkeypatch.setattr(dinov2_cifar, f"adjust_{name}", spy[name])
+def test_transform_draws_changes_from_their_ranges_and_every_order(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dinov2_cifar, "adjust_colors", lambda *args: calls.append(args) or args[0])
     settings = {"COLOR_JITTER": (1.5, 0.4, 0.2, 0.1), "COLOR_JITTER_PROB": 1.0}
     views_of(torch.zeros(3, 4, 4, dtype=torch.uint8), (2, 2, 500, 0), **settings)
-    orders = {tuple(name for name, _ in calls[i : i + 4]) for i in range(0, 2000, 4)}
-    assert len(orders) == math.factorial(4)
-    for name, ends in zip(names, [(0, 2.5), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)], strict=True):
-        factors = torch.tensor([factor for n, factor in calls if n == name])
-        extremes = (torch.stack([factors.min(), factors.max()]) - ends[0]) / (ends[1] - ends[0])
-        close(extremes, [0, 1], 0.02)
-        assert -1e-5 < extremes[0] and extremes[1] < 1 + 1e-5
+    ((_, changes, order),) = calls
+    orders = order.flatten(1).T.unique(dim=0)
+    assert orders.tolist() == sorted(map(list, permutations(range(3))))
+    for values, limit in zip(changes, settings["COLOR_JITTER"], strict=True):
+        close(torch.stack([values.min(), values.max()]) / limit, [-1, 1], 0.02)
+        assert values.abs().max() <= limit
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_transform_shuffles_views_into_the_quarters_of_color_jitter(batch, monkeypatch):
+    """Also where the views are no multiple of four: each is in each quarter by chance."""
+
+    def mark(x, changes, order):
+        return torch.arange(len(x)).div(len(x) // 4, rounding_mode="floor").view(-1, 1, 1, 1) / x
+
+    monkeypatch.setattr(dinov2_cifar, "adjust_colors", mark)
+    level = torch.tensor([51, 102, 204], dtype=torch.uint8)[:batch]
+    transform = make_transform((1, 1, 2, 1), **WHOLE, LOCAL_CROPS_SCALE=(1.0, 1.0))
+    views = [transform(level.view(-1, 1, 1, 1).expand(-1, 3, 4, 4)) for _ in range(2000)]
+    views = torch.stack([torch.stack(view)[:, :, 0, 0, 0] for view in views])  # (2000,V,B)
+    quarters = (views * level / 255).round().long()
+    close(views * level / 255, quarters)  # no image is taken for another
+    shares = torch.nn.functional.one_hot(quarters, 4).float().mean(0)
+    close(shares, torch.full_like(shares, 0.25), 0.045)
 
 
 SHAPES = [(8, 8, 3), (2, 1, 8, 8), (1, 2, 3, 8, 8)]
