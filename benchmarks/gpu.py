@@ -26,7 +26,7 @@ from statistics import median
 
 import throughput
 import torch
-from lightly_baseline import HAS_LIGHTLY, ROOT, dinov2
+from lightly_baseline import ROOT, dinov2
 from throughput import OperationCounter, Step, environment, profile_kernels
 
 COMPILED, EAGER = "ours, compiled", "ours, eager"
@@ -164,17 +164,17 @@ def check(given, deadline, results):
 def speed(given, deadline, results):
     """Time each network, batch size and contender that has no result yet."""
     sizes, repeats = ([("tiny", 16)], 1) if given.kind == "cpu" else (SPEED, 4)
-    contenders = [by for by in throughput.CONTENDERS if HAS_LIGHTLY or "lightly" not in by]
     rates = results.setdefault("rates", {})
+    print(throughput.table_head(given.kind), flush=True)
     for size, batch in sizes:
         if size not in rates:
             width, bf16 = throughput.SIZES[size]["dim"], results["precision"] == "bf16"
             rates[size] = throughput.measure_rates([width], batch, given.device, bf16, repeats)
-            throughput.free_memory()
+            torch.cuda.empty_cache()  # workers need it
         highest = max(map(median, rates[size].values()))
-        for by in contenders:
+        for by in throughput.contenders(given.kind):
             name, left = f"{size}, batch {batch}, {by}", deadline - time.monotonic()
-            if by in throughput.elsewhere(given.kind) or "seconds" in results.get(name, {}):
+            if "seconds" in results.get(name, {}):
                 continue
             if left < 20:
                 raise TimeoutError(name)

@@ -283,17 +283,12 @@ def measure_rates(widths, batch_size, device, bf16, repeats):
     return rates
 
 
-def free_memory():
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # workers need it
-
-
-def elsewhere(kind):
-    """Return the contenders that are not for this kind of device."""
+def contenders(kind):
+    """Return the contenders that this kind of device and the packages here allow."""
     compiled = [by for by, options in CONTENDERS.items() if options is not None]
-    if kind != "cuda" or not has_triton():
-        return compiled
-    return ["ours, 2 processes"]
+    left_out = ["ours, 2 processes"] if kind == "cuda" and has_triton() else compiled
+    names = [by for by in CONTENDERS if HAS_LIGHTLY or "lightly" not in by]
+    return [by for by in names if by not in left_out]
 
 
 def run_worker(*job, timeout=None):
@@ -316,6 +311,13 @@ def spread(values):
     """Return "median (least..most)" with three significant digits."""
     numbers = [float(f"{v:.3g}") for v in (median(values), min(values), max(values))]
     return "{:,g} ({:,g}..{:,g})".format(*numbers)
+
+
+def table_head(kind):
+    head = ["network", "patch", "by", "images/s", "peak GiB", "MFU %"]
+    head += [f"{stage}, ms" for stage in STAGES]
+    head += ["kernels", "launches", "busy"] if kind == "cuda" else []
+    return f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|"
 
 
 def table_row(row, highest_rate):
@@ -349,8 +351,6 @@ def main(argv=None):
     kind = torch.device(given.device).type
     output = given.output or ROOT / "benchmarks" / "results" / f"speed-{kind}.json"
 
-    contenders = [name for name in CONTENDERS if HAS_LIGHTLY or "lightly" not in name]
-    contenders = [by for by in contenders if by not in elsewhere(kind)]
     if not HAS_LIGHTLY:
         print("lightly is left out; to have it: pip install lightly==1.6.0 timm==1.0.31")
 
@@ -361,15 +361,11 @@ def main(argv=None):
     results, highest = {**here, "rates": rates, "rows": []}, max(map(median, rates.values()))
     title = f"{here['device']} ({here['cpu']}), torch {here['torch']}, batch {given.batch_size}"
     print(f"{title}; highest {here['precision']} rate {highest / 1e12:.3g} TFLOP/s\n")
-    head = ["network", "patch", "by", "images/s", "peak GiB", "MFU %"]
-    head += [f"{stage}, ms" for stage in STAGES] + ["kernels", "launches", "busy"] * (
-        kind == "cuda"
-    )
-    print(f"| {' | '.join(head)} |", "|---" * len(head) + "|", sep="\n", flush=True)
+    print(table_head(kind), flush=True)
     for size, patch in product(given.sizes, given.patch_sizes):
         settings = {"MODEL_SIZE": size, "PATCH_SIZE": patch, "BATCH_SIZE": given.batch_size}
-        settings["DEVICE"], found = given.device, {by: [] for by in contenders}
-        for _, by in product(range(given.rounds), contenders):
+        settings["DEVICE"], found = given.device, {by: [] for by in contenders(kind)}
+        for _, by in product(range(given.rounds), found):
             found[by].append(run_worker(by, settings, given.repeats))
         for by, turns in found.items():
             row = {"network": size, "patch_size": patch, "by": by, "batch_size": given.batch_size}
