@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +98,9 @@ class Config:
     # Objective
     LAMBDA_IMG = 1.0  # weight of the image-level loss (DINO)
     LAMBDA_PATCH = 0.4  # weight of the patch-level loss (iBOT); published: 1.0
-    LAMBDA_KOLEO = 0.15  # weight of KoLeo, which spreads the class tokens; published: 0.1
-    KOLEO_KIND = "nearest"  # "nearest": KoLeo; "cosine": mean squared cosine
+    LAMBDA_KOLEO = 0.15  # weight of KoLeo, which spreads the features; published: 0.1
+    KOLEO_KIND = "nearest"  # "nearest": KoLeo; "cosine" and "uniform": all images repel each other
+    KOLEO_FEATURES = "class"  # what spreads: "class" tokens or the image head's "bottleneck"
     MASK_KIND = "block"  # "block": mask rectangles of patches; "random": single ones
     MASK_RATIO = 0.15  # masked fraction of the global crops' patches, <= 0.6 * MASK_PROB; 0: none
     MASK_PROB = 0.5  # fraction of the global crops that are masked
@@ -125,6 +126,7 @@ class Config:
     DATASET = "auto"  # CIFAR-10, else shapes; or cifar10, cifar100, shapes, a folder, a .npz
     DATA_PATH = "data"  # folder for the CIFAR download
     TRAIN_IMAGES = 0  # number of training images, a fixed random subset; 0: all
+    VALIDATION_IMAGES = 0  # training images held out, and evaluated in place of the test images
     OUTPUT_DIR = "checkpoints"  # for checkpoints, metrics.jsonl and figures
     SEED = 0  # the same seed gives the same weights, bit for bit on a CPU
     DEVICE = str(torch.accelerator.current_accelerator(True) or "cpu")  # cuda, cuda:1, mps or cpu
@@ -437,7 +439,14 @@ class ProjectionHead(nn.Module):
         self.prototypes = nn.Parameter(0.02 * torch.randn(output_dim, bottleneck_dim))
 
     def forward(self, x):
-        x = F.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)
+        return self.compare(self.embed(x))
+
+    def embed(self, x):
+        """Return the bottleneck (...,bottleneck_dim), normalized."""
+        return F.normalize(self.mlp(x).float(), dim=-1, eps=1e-6)
+
+    def compare(self, x):
+        """Return cosines of embeddings with the prototypes."""
         # Divided by a temperature of 0.02, errors of bfloat16 would grow to 0.2
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, F.normalize(self.prototypes, dim=-1, eps=1e-6))
@@ -510,7 +519,8 @@ def koleo_regularizer(features, kind="cosine"):
     """Return a scalar, lower for features (B,D) that spread more evenly; 0 for one row.
 
     "nearest": -mean log(distance to the nearest other row) of all processes' normalized rows
-    (KoLeo, 1806.03198, equation 2). "cosine": mean squared cosine of different rows.
+    (KoLeo, 1806.03198, equation 2). "cosine": mean squared cosine of different rows. "uniform":
+    mean over rows of log(mean over other rows of exp(4 * cosine)) (2005.10242, theorem 1).
     """
     x = all_gather_rows(F.normalize(features.float(), dim=-1, eps=1e-6))
     n = len(x)
@@ -520,6 +530,9 @@ def koleo_regularizer(features, kind="cosine"):
         cosine = x @ x.T
         if kind == "cosine":
             return (cosine.square().sum() - cosine.diagonal().square().sum()) / (n * (n - 1))
+        if kind == "uniform":
+            logits = 4 * cosine - 1e4 * torch.eye(n, device=x.device)
+            return logits.logsumexp(1).mean() - math.log(n - 1)
         nearest = (cosine.detach() - 3 * torch.eye(n, device=x.device)).argmax(1)
         # index_select: on a CPU, the gradient of x[nearest] depends on the threads' order
         return -((x - x.index_select(0, nearest)).norm(dim=1) + 1e-8).log().mean()
@@ -572,11 +585,11 @@ class DINOv2(nn.Module):
             patch_indices = mask.flatten().nonzero()[:, 0]
         crops, local = torch.cat(views[:G]), views[G:]  # crops: (R,3,S,S)
         img_targets, patch_targets = self.teacher_targets(crops, patch_indices, teacher_temp)
-        tokens, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
+        spread, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
         img = multi_crop_dino_loss(img_logits, img_targets, c.STUDENT_TEMP)
         patch = ibot_loss(patch_logits, patch_targets, mask, None, c.STUDENT_TEMP)
         # One KoLeo per global crop, summed: two views of an image must not repel each other
-        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in tokens[:G])
+        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in spread[:G])
         loss = c.LAMBDA_IMG * img + c.LAMBDA_PATCH * patch + c.LAMBDA_KOLEO * koleo
         parts = {"img": img.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
         return {"loss": loss, **parts, **target_diagnostics(img_targets, img)}
@@ -595,15 +608,17 @@ class DINOv2(nn.Module):
         return img_targets.unflatten(0, (G, -1)), patch_targets
 
     def student_outputs(self, crops, local_crops, mask, patch_indices):
-        """Return class tokens (V,B,D), image logits (V,B,K), patch logits (M,K)."""
+        """Return features for KoLeo (V,B,...), image logits (V,B,K), patch logits (M,K)."""
         tokens, patches = self.student(crops, mask, patch_indices)
         if local_crops:
             local_tokens, _ = self.student(torch.cat(local_crops), None, patch_indices[:0])
             tokens = torch.cat([tokens, local_tokens])
-        img_logits = self.img_head(tokens)  # (V*B,K)
+        embeddings = self.img_head.embed(tokens)
+        img_logits = self.img_head.compare(embeddings)  # (V*B,K)
+        spread = tokens if self.config.KOLEO_FEATURES == "class" else embeddings
         patch_logits = self.patch_head(patches) if len(patch_indices) else img_logits[:0]
         V = self.config.GLOBAL_CROPS_NUMBER + len(local_crops)
-        return tokens.unflatten(0, (V, -1)), img_logits.unflatten(0, (V, -1)), patch_logits
+        return spread.unflatten(0, (V, -1)), img_logits.unflatten(0, (V, -1)), patch_logits
 
     @torch.no_grad()
     def update_teacher(self, m):
@@ -785,11 +800,12 @@ def train_dinov2(config=None, dataset=None):
 
 
 @torch.no_grad()
-def extract_features(model, images, batch_size=512, patches=False):
+def extract_features(model, images, batch_size=512, patches=False, avgpool=False):
     """Return fp32 class tokens (N,D), or patch tokens (N,patches,D), in eval mode.
 
     model: a VisionTransformer, or a DINOv2, for its teacher.
     images: (N,3,H,W), uint8 or normalized.
+    avgpool: return class token and mean patch token, (N,2*D).
     """
     backbone = getattr(model, "teacher", model)
     mode, features = backbone.training, []
@@ -799,7 +815,9 @@ def extract_features(model, images, batch_size=512, patches=False):
             x = x.to(backbone.pixel_mean.device)
             if x.dtype == torch.uint8:
                 x = (x / 255 - backbone.pixel_mean) / backbone.pixel_std
-            features.append(backbone(x)[int(patches)].float())
+            tokens = backbone(x)
+            x = torch.cat([tokens[0], tokens[1].mean(1)], 1) if avgpool else tokens[int(patches)]
+            features.append(x.float().clone())  # a view would keep all tokens
     backbone.train(mode)
     return torch.cat(features)
 
@@ -853,16 +871,20 @@ def rank_me(features):
 
 
 def evaluate(model, images, linear=False):
-    """Return "knn", "rank" and, if asked for, "linear" of the teacher; {} without labels."""
+    """Return "knn", "rank" and, if asked for, "linear" of the teacher; {} without labels.
+
+    knn and rank are of the class tokens, linear of class and mean patch tokens, as in DINOv2.
+    """
     if images.train_labels is None or images.test_labels is None:
         return {}
     with autocast(model.config):
-        train = extract_features(model, images.train_images)
-        test = extract_features(model, images.test_images)
+        train = extract_features(model, images.train_images, avgpool=True)
+        test = extract_features(model, images.test_images, avgpool=True)
     require(test.isfinite().all(), f"features are not finite; {REMEDY}")
-    data = (train, images.train_labels, test, images.test_labels)
-    scores = {"knn": knn_accuracy(*data), "rank": rank_me(test)}
-    return {**scores, "linear": linear_probe(*data)} if linear else scores
+    x, x_test = (features[:, : features.shape[1] // 2] for features in (train, test))
+    y, y_test = images.train_labels, images.test_labels
+    scores = {"knn": knn_accuracy(x, y, x_test, y_test), "rank": rank_me(x_test)}
+    return {**scores, "linear": linear_probe(train, y, test, y_test)} if linear else scores
 
 
 def raw_pixel_knn(images, mean, std):
@@ -1110,37 +1132,47 @@ def as_images(dataset, size=None):
     return Images(*check_split(*given[:2], size), *test, given.name)
 
 
+def is_inside(label, x, y):
+    """Return whether points are in the shape of a class, which is about 2 wide. y points down."""
+    r, larger, smaller = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+    shapes = {
+        "disc": lambda: r < 0.9,
+        "ring": lambda: (r < 1) & (r > 0.6),
+        "square": lambda: larger < 0.8,
+        "frame": lambda: (larger < 0.85) & (larger > 0.5),
+        "triangle": lambda: (y < 0.7) & (y > 1.9 * abs(x) - 0.9),
+        "plus": lambda: (smaller < 0.28) & (larger < 0.95),
+        "star": lambda: r < 0.4 + 0.6 * (2 * abs(np.arctan2(x, -y) * 2.5 / np.pi % 1 - 0.5)) ** 2,
+        "crescent": lambda: (r < 1) & (np.hypot(x - 0.5, y) > 0.8),
+        "bow-tie": lambda: (abs(y) < 0.9 * abs(x)) & (abs(x) < 0.9),
+        "ell": lambda: (larger < 0.85) & ~((x > -0.2) & (y < 0.2)),
+    }
+    return list(shapes.values())[label]()
+
+
 def make_shapes(count, size=32, seed=0, masks=False):
     """Draw ten shapes: images uint8 (count,3,size,size), labels int64 (count,).
 
     Classes differ only in shape. masks: also return where the shape is, bool (count,size,size).
     """
+    if count > 2048:  # in parts: all at once need too much memory
+        counts = [min(2048, count - i) for i in range(0, count, 2048)]
+        with ThreadPoolExecutor(4) as pool:
+            seeds = [(seed, i) for i in range(len(counts))]
+            parts = list(pool.map(make_shapes, counts, repeat(size), seeds, repeat(masks)))
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(count) % 10)
     radius = rng.uniform(0.2, 0.4, (count, 1, 1))  # as a fraction of the side
     center = [rng.uniform(radius, 1 - radius) for _ in "xy"]
     tilt = rng.uniform(-np.pi / 12, np.pi / 12, (count, 1, 1))
     grid = (np.arange(3 * size) + 0.5) / (3 * size)  # 3 x 3 samples per pixel
-    x, y = (grid[None, None, :] - center[0]) / radius, (grid[None, :, None] - center[1]) / radius
-    u, v = np.cos(tilt) * x + np.sin(tilt) * y, np.cos(tilt) * y - np.sin(tilt) * x  # v points down
-    inside = np.zeros(u.shape, bool)
+    inside = np.zeros((count, 3 * size, 3 * size), bool)
     for label in range(10):
-        a, b = u[labels == label], v[labels == label]
-        r, larger, smaller = np.hypot(a, b), np.maximum(abs(a), abs(b)), np.minimum(abs(a), abs(b))
-        ray = abs((np.arctan2(a, -b) * 5 / (2 * np.pi)) % 1 - 0.5) * 2  # 1 on a star's five rays
-        shapes = {
-            "disc": r < 0.9,
-            "ring": (r < 1) & (r > 0.6),
-            "square": larger < 0.8,
-            "frame": (larger < 0.85) & (larger > 0.5),
-            "triangle": (b < 0.7) & (b > 1.9 * abs(a) - 0.9),
-            "plus": (smaller < 0.28) & (larger < 0.95),
-            "star": r < 0.4 + 0.6 * ray**2,
-            "crescent": (r < 1) & (np.hypot(a - 0.5, b) > 0.8),
-            "bow-tie": (abs(b) < 0.9 * abs(a)) & (abs(a) < 0.9),
-            "ell": (larger < 0.85) & ~((a > -0.2) & (b < 0.2)),
-        }
-        inside[labels == label] = list(shapes.values())[label]
+        i = labels == label
+        x, y = (grid - center[0][i]) / radius[i], (grid[:, None] - center[1][i]) / radius[i]
+        sin, cos = np.sin(tilt[i]), np.cos(tilt[i])
+        inside[i] = is_inside(label, cos * x + sin * y, cos * y - sin * x)
     coverage = inside.reshape(count, size, 3, size, 3).mean((2, 4))[:, None]  # (count,1,size,size)
     color, start, end = rng.uniform(0, 1, (3, count, 3, 1, 1))  # of shape and background
     middle = (start + end) / 2
@@ -1233,7 +1265,10 @@ def load_images(config):
             print(line, warning, line, sep="\n", file=sys.stderr)
     if name in ("shapes", "shapes (no CIFAR-10)"):
         require(size <= 64, f"IMAGE_SIZE ({size}) of shapes must be at most 64")
-        return Images(*make_shapes(2048, size, seed=0), *make_shapes(512, size, seed=1), name)
+        count = 19456
+        if config.TRAIN_IMAGES and not config.VALIDATION_IMAGES:  # draw no more than that
+            count = min(count, config.TRAIN_IMAGES)
+        return Images(*make_shapes(count, size, seed=0), *make_shapes(2048, size, seed=1), name)
     if Path(name).is_dir():
         return load_folder(name, size)
     known = "a folder, a .npz file, auto, cifar10, cifar100 or shapes"
@@ -1242,17 +1277,21 @@ def load_images(config):
 
 
 def prepare_images(config, dataset=None):
-    """Return dataset, or DATASET, at IMAGE_SIZE on DEVICE, at most TRAIN_IMAGES."""
+    """Return dataset, or DATASET, at IMAGE_SIZE on DEVICE; choose TRAIN_ and VALIDATION_IMAGES."""
     c = config
     if dataset is None:
         print(f"loading {c.DATASET[-60:]} ...", flush=True)
         dataset = load_images(c)
     images = as_images(dataset, c.IMAGE_SIZE)
-    count, n = len(images.train_images), images_per_step(c)
-    if 0 < c.TRAIN_IMAGES < count:  # at random: files are sorted by class
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        chosen, count = order[: c.TRAIN_IMAGES].sort().values, c.TRAIN_IMAGES
-        images = Images(*[t if t is None else t[chosen] for t in images[:2]], *images[2:])
+    total, n = len(images.train_images), images_per_step(c)
+    rest = total - c.VALIDATION_IMAGES
+    require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images")
+    count = min(c.TRAIN_IMAGES or rest, rest)
+    if count < total:  # at random: files are sorted by class; the held-out ones are always the same
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        parts = order[:count].sort().values, order[rest:].sort().values
+        train, held_out = ([t if t is None else t[i] for t in images[:2]] for i in parts)
+        images = Images(*train, *(held_out if c.VALIDATION_IMAGES else images[2:4]), images.name)
     most, least = max_over_processes(count, -count)
     require(most == -least, f"processes have {-least:.0f} to {most:.0f} training images")
     needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
@@ -1770,22 +1809,28 @@ def input_errors(name, message):
         raise InputError(f"{name} {message} ({reason[:300]})") from None
 
 
-# Settings of --quick. Color says nothing about a shape: distort it strongly
+# Settings of --quick. Color says nothing about a shape: distort it strongly. A part of a shape is
+# another shape: no small crops and no masks
 QUICK = {
     "MODEL_SIZE": "tiny",
     "MODEL_DIMS": {**Config.MODEL_DIMS, "tiny": {"dim": 192, "depth": 2, "heads": 3}},
     "PATCH_SIZE": 8,
-    "LOCAL_CROPS_NUMBER": 2,
+    "GLOBAL_CROPS_NUMBER": 3,
+    "LOCAL_CROPS_NUMBER": 0,
     "GLOBAL_CROPS_SCALE": (0.85, 1.0),
-    "LOCAL_CROPS_SCALE": (0.5, 0.8),
     "COLOR_JITTER": (0.6, 0.6, 0.6, 0.5),
     "COLOR_JITTER_PROB": 0.95,
     "GRAYSCALE_PROB": 0.5,
+    "LAMBDA_KOLEO": 0.5,
+    "KOLEO_KIND": "uniform",
+    "KOLEO_FEATURES": "bottleneck",
+    "MASK_RATIO": 0.0,
     "BATCH_SIZE": 64,
     "LEARNING_RATE": 4e-3,
-    "TOTAL_EPOCHS": 36,
+    "EMA_END": 0.97,
+    "TOTAL_EPOCHS": 4,
     "DATASET": "shapes",
-    "EVAL_EVERY": 12,
+    "EVAL_EVERY": 2,
 }
 
 RANGES = {  # of numbers; the others are at least 0
@@ -1819,7 +1864,8 @@ def validate(c):
         for n in value if isinstance(value, tuple) else (value,):
             fits = not isinstance(n, (int, float)) or (low <= n <= high and n < math.inf)
             require(fits, f"{name} ({n}) must be a finite number from {low} to {high}")
-    kinds = {"KOLEO_KIND": ["nearest", "cosine"], "MASK_KIND": ["block", "random"]}
+    kinds = {"KOLEO_KIND": ["nearest", "cosine", "uniform"], "MASK_KIND": ["block", "random"]}
+    kinds["KOLEO_FEATURES"] = ["class", "bottleneck"]
     kinds |= {"PRECISION": ["auto", "bf16", "fp32"], "MODEL_SIZE": list(c.MODEL_DIMS)}
     for name, known in kinds.items():
         value = getattr(c, name)

@@ -3,14 +3,16 @@
     python benchmarks/ablation.py --list
     python benchmarks/ablation.py --seeds 0 1 2 --base --dataset cifar10 --total-epochs 10
     timeout 590 python benchmarks/ablation.py --rows default koleo-0 --base --device cuda
+    python benchmarks/ablation.py --minutes 5 --rows default simclr --base --validation-images 5000
 
 Flags after --base are those of dinov2_cifar.py, for all runs. Each run is a process with a folder
 beside the output. It may be stopped at any time (Ctrl-C, SIGTERM, timeout): the runs save, and the
 same command continues. A finished run stays, until its settings change; delete its folder after a
 change of the code or the images. Writes JSON and, beside it, a Markdown table.
 
-All rows have as many epochs, unless a row sets its own. Seconds are those of training, without
-evaluation, and mean something only if nothing else ran on the machine.
+All rows have as many epochs, unless a row sets its own, or --minutes gives each as many as it has
+time for, by a first run of one epoch. Seconds are those of training, without evaluation, and mean
+something only if nothing else ran on the machine.
 """
 
 import argparse
@@ -33,6 +35,9 @@ LIGHTLY_OWN |= {"EMA_END": 1.0, "FREEZE_PROTOTYPES": 0.02, "HEAD_BATCH_NORM": Fa
 LIGHTLY_OWN |= {"TEACHER_TEMP_START": 0.04, "TEACHER_TEMP_END": 0.07, "TEACHER_TEMP_WARMUP": 0.6}
 PUBLISHED_TEMP = {"TEACHER_TEMP_START": 0.04, "TEACHER_TEMP_END": 0.07}
 STRONG_JITTER = {"COLOR_JITTER": (0.6, 0.6, 0.6, 0.5), "COLOR_JITTER_PROB": 0.95}
+PEER = {"BATCH_SIZE": 256, "GLOBAL_CROPS_NUMBER": 2, "LOCAL_CROPS_NUMBER": 0, "MASK_RATIO": 0.0}
+SIMCLR = {**PEER, "STUDENT_TEMP": 0.2, "PROJECTION_DIM": 128}
+VICREG = {**PEER, "PROJECTION_DIM": 512}
 NO_LOCAL_LONGER = {"LOCAL_CROPS_NUMBER": 0, "TOTAL_EPOCHS": lambda c: round(1.5 * c.TOTAL_EPOCHS)}
 
 # name: settings (values, or functions of the config that --base gives), why. *: run by default
@@ -88,8 +93,25 @@ ROWS = {
     "layer-scale": ({"LAYER_SCALE": 1e-5}, "as published"),
     "registers-4": ({"REGISTER_TOKENS": 4}, "as in DINOv2 with registers"),
     # lightly_baseline.py instead of dinov2_cifar.py
-    "lightly*": ({}, "lightly's parts, with our constants and schedules"),
-    "lightly-own": (LIGHTLY_OWN, "the same with the constants of lightly's example"),
+    "lightly*": ({"COMPILE": False}, "lightly's parts, with our constants and schedules"),
+    "lightly-own": (
+        {**LIGHTLY_OWN, "COMPILE": False},
+        "the same with the constants of lightly's example",
+    ),
+    # peers.py instead of dinov2_cifar.py
+    "simclr": (SIMCLR, "pairs of views against all others of the batch"),
+    "vicreg": (VICREG, "pairs of views, and decorrelated features"),
+}
+for peer in ("simclr", "vicreg"):  # the rest of their search
+    settings = ROWS[peer][0]
+    for change in ("half", "double"):
+        rate = ROWS[f"learning-rate-{change}"][0]
+        ROWS[f"{peer}-rate-{change}"] = ({**settings, **rate}, "its own best rate")
+    ROWS[f"{peer}-scale-0.2"] = ({**settings, "GLOBAL_CROPS_SCALE": (0.2, 1.0)}, "smaller crops")
+SCRIPTS = {  # of rows whose names start so, and its first words
+    "lightly": ["benchmarks/lightly_baseline.py"],
+    "simclr": ["benchmarks/peers.py", "simclr"],
+    "vicreg": ["benchmarks/peers.py", "vicreg"],
 }
 TELLING = [name.rstrip("*") for name in ROWS if name.endswith("*")]
 ROWS = {name.rstrip("*"): row for name, row in ROWS.items()}
@@ -122,7 +144,7 @@ def choose_rows(names, base):
             same = dinov2.Config(**default | changes(name, base)).to_dict() == default
             if name.startswith("lightly"):
                 dinov2.require(HAS_LIGHTLY, "pip install lightly==1.6.0 timm==1.0.31")
-            else:
+            elif name.split("-")[0] not in SCRIPTS:
                 dinov2.require(name == "default" or not same, "it is the default")
             chosen.append(name)
         except dinov2.InputError as error:
@@ -136,15 +158,16 @@ def choose_rows(names, base):
 class Run:
     """The run of a row with a seed; its folder says how far it is."""
 
-    def __init__(self, name, seed, base, work):
+    def __init__(self, name, seed, base, work, epochs=None):
         self.name, self.seed, self.error = name, seed, None
         self.folder = work / f"{name}-seed{seed}"
-        self.script, first = "dinov2_cifar.py", ["--eval-every", "0", "--save-every", "0"]
-        if name.startswith("lightly"):
-            self.script, first = "benchmarks/lightly_baseline.py", [*first, "--no-compile"]
-        last = flags({"SEED": seed, "OUTPUT_DIR": os.path.relpath(self.folder)})
-        own = flags(changes(name, base))
-        self.flags, self.words = shlex.join(own), [*first, *base, *own, *last]
+        self.script = SCRIPTS.get(name.split("-")[0], ["dinov2_cifar.py"])
+        own, last = changes(name, base), {"SEED": seed, "OUTPUT_DIR": os.path.relpath(self.folder)}
+        if epochs:
+            own.pop("TOTAL_EPOCHS", None)
+            last["TOTAL_EPOCHS"] = epochs
+        self.flags, first = shlex.join(flags(own)), ["--eval-every", "0", "--save-every", "0"]
+        self.words = [*first, *base, *flags(own), *flags(last)]
 
     def records(self, event):
         path = self.folder / "metrics.jsonl"
@@ -166,7 +189,8 @@ class Run:
         if not resume:
             here = environment(dinov2.parse_arguments(self.words))
             (self.folder / "environment.json").write_text(json.dumps(here))
-        command = [sys.executable, str(ROOT / self.script), *self.words, *["--resume"] * resume]
+        script, *first = self.script
+        command = [sys.executable, str(ROOT / script), *first, *self.words, *["--resume"] * resume]
         with open(self.folder / "progress.txt", "a") as progress:
             self.process = subprocess.Popen(command, stdout=progress, stderr=subprocess.STDOUT)
         return self
@@ -177,9 +201,19 @@ class Run:
             lines = (self.folder / "progress.txt").read_text().strip().splitlines()
             self.error = f"exit code {code}: {lines[-1][-200:] if lines else 'no message'}"
 
+    def epochs_in(self, seconds):
+        """Return how many whole epochs like this finished one fit, at least one."""
+        dinov2.require(self.has("final"), f"{self.name}: {self.error or 'has not finished'}")
+        first, last = (self.records("step")[i] for i in (0, -1))
+        if first is last:  # one step
+            return max(1, int(seconds / last["seconds"]))
+        step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        start = first["seconds"] - first["step"] * step  # compiling
+        return max(1, int((seconds - start) / (step * last["step"])))
+
     def result(self):
         """Return the numbers of a finished run, or its error, as plain values; None before."""
-        command = shlex.join(["python", self.script, *self.words])
+        command = shlex.join(["python", *self.script, *self.words])
         found = {"row": self.name, "seed": self.seed, "flags": self.flags, "command": command}
         if self.error:
             return found | {"failed": self.error}
@@ -264,6 +298,7 @@ def main(argv=None):
     parser.add_argument("--list", action="store_true", help="print the rows, then stop")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS, "all"], metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="[0 1]")
+    parser.add_argument("--minutes", type=float, help="of training, instead of equal epochs")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument("--output", type=Path, help="[benchmarks/results/ablation-<device>.json]")
     parser.add_argument("--base", nargs=argparse.REMAINDER, default=[], help="last: flags of all")
@@ -281,7 +316,15 @@ def main(argv=None):
     if given.at_once > 1:  # each run gets its share of the cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, here["cores"] // given.at_once)))
     names = choose_rows(ROWS if given.rows == ["all"] else given.rows or TELLING, given.base)
-    runs = [Run(name, seed, given.base, work) for seed in given.seeds for name in names]
+    epochs = dict.fromkeys(names)
+    if given.minutes is not None:
+        dinov2.require(given.minutes > 0, f"--minutes ({given.minutes}) must be above 0")
+        pilots = [Run(name, 0, given.base, work / f"pilot-{given.at_once}", 1) for name in names]
+        print("one epoch of each row, for its speed:")
+        run_all(pilots, given.at_once, lambda: None)
+        epochs = {run.name: run.epochs_in(60 * given.minutes) for run in pilots}
+    pairs = [(name, seed) for seed in given.seeds for name in names]
+    runs = [Run(name, seed, given.base, work, epochs[name]) for name, seed in pairs]
 
     def save():
         results = [result for run in runs if (result := run.result())]

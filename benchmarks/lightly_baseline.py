@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import dinov2_cifar as dinov2  # noqa: E402, one folder up
 
 HAS_LIGHTLY = all(importlib.util.find_spec(name) for name in ("lightly", "timm"))
-IGNORED = ("KOLEO_KIND", "SINKHORN_ITERATIONS", "DROPOUT", "REGISTER_TOKENS")
+IGNORED = ("KOLEO_KIND", "KOLEO_FEATURES", "SINKHORN_ITERATIONS", "DROPOUT", "REGISTER_TOKENS")
 
 
 class LightlyBackbone(nn.Module):

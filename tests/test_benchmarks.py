@@ -3,9 +3,11 @@
 import json
 import signal
 import time
+from unittest.mock import Mock
 
 import ablation
 import numpy as np
+import peers
 import pytest
 import throughput
 import torch
@@ -43,12 +45,21 @@ def test_ablation_table():
     ]
 
 
+def save_shapes(path, count):
+    x, y = (t.numpy() for t in dinov2.make_shapes(count))
+    x = x.transpose(0, 2, 3, 1)
+    np.savez(path, x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
+    return str(path)
+
+
 @pytest.mark.slow
 def test_ablation_continues_after_sigterm(tmp_path, monkeypatch):
-    x, y = (t.numpy() for t in dinov2.make_shapes(160))
-    x, folder = x.transpose(0, 2, 3, 1), tmp_path / "a" / "koleo-0-seed3"
-    np.savez(tmp_path / "s.npz", x_train=x, y_train=y, x_test=x[:40], y_test=y[:40])
-    settings = {"DATASET": str(tmp_path / "s.npz"), "TOTAL_EPOCHS": 2, "SAVE_EVERY_MINUTES": 1e-6}
+    folder = tmp_path / "a" / "koleo-0-seed3"
+    settings = {
+        "DATASET": save_shapes(tmp_path / "s.npz", 160),
+        "TOTAL_EPOCHS": 2,
+        "SAVE_EVERY_MINUTES": 1e-6,
+    }
     words = ["--rows", "koleo-0", "--seeds", "3", "--output", str(tmp_path / "a.json"), "--base"]
     words += ablation.flags(SMALL | settings)
 
@@ -133,3 +144,40 @@ def test_lightly_losses_have_our_units(small):
     for group in make_optimizer(model).param_groups:
         rows = {len(parameter) for parameter in group["params"]}
         assert (rows == {16}) == (group["name"] == "prototypes")
+
+
+@pytest.mark.parametrize("name", peers.LOSSES)
+def test_peer_loss_is_a_loop_over_rows(name, small):
+    z1, z2 = torch.randn(2, 6, 4)
+    z, n, total = torch.cat([z1, z2]), 6, 0.0
+    if name == "simclr":
+        for i in range(12):
+            cosine = [torch.cosine_similarity(z[i], row, dim=0) / 0.3 for row in z]
+            others = torch.stack([cosine[j] for j in range(12) if j != i])
+            total += (others.logsumexp(0) - cosine[(i + n) % 12]) / 12
+    else:
+        total = 25 * sum((a - b).square().sum() for a, b in zip(z1, z2, strict=True)) / 24
+        for x in (z1, z2):
+            centered = x - x.mean(0)
+            for i in range(4):
+                deviation = (centered[:, i].square().sum() / 5 + 1e-4).sqrt()
+                total += 25 * max(0, 1 - deviation) / 4 / 2
+                for j in range(4):
+                    if i != j:
+                        total += ((centered[:, i] @ centered[:, j]) / 5) ** 2 / 4
+    close(peers.LOSSES[name](z1, z2, 0.3), total)
+
+
+@pytest.mark.slow
+def test_row_of_a_peer_trains_for_given_minutes(tmp_path):
+    settings = {**SMALL, "DATASET": save_shapes(tmp_path / "s.npz", 512)}  # two steps
+    words = [*"--rows simclr --seeds 0 --minutes 0.05 --output".split(), f"{tmp_path}/a.json"]
+    with pytest.raises(SystemExit, match="0"):
+        ablation.main([*words, "--base", *ablation.flags(settings)])
+    (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]
+    with pytest.raises(dinov2.InputError, match="simclr.*not finished"):
+        ablation.Run("simclr", 1, ablation.flags(settings), tmp_path).epochs_in(1)
+    records = [{"step": step, "seconds": 30 + 0.1 * step} for step in (1, 50)]
+    pilot = Mock(has=lambda name: True, records=lambda event: records)
+    assert [ablation.Run.epochs_in(pilot, t) for t in (60, 1, 80.5)] == [6, 1, 10]
+    assert run["epoch"] > 3  # of about 0.1 s, not the one of settings

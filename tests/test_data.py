@@ -48,10 +48,15 @@ def expect_error(*words, dataset=None, **settings):
 
 
 def test_make_shapes_is_balanced_shuffled_and_seeded():
-    train, y, test, y_test, name = prepare(IMAGE_SIZE=16)
-    assert train.shape == (2048, 3, 16, 16) and test.shape == (512, 3, 16, 16) and name == "shapes"
-    assert (y.bincount() - 204.8).abs().max() < 1 and (y_test.bincount() - 51.2).abs().max() < 1
-    assert len(torch.cat([train, test]).unique(dim=0)) == 2560 and len(y[:100].unique()) == 10
+    train, y, test, y_test, name = prepare(IMAGE_SIZE=16, TRAIN_IMAGES=2500)
+    assert train.shape == (2500, 3, 16, 16) and test.shape == (2048, 3, 16, 16) and name == "shapes"
+    assert (y.bincount() - 250).abs().max() < 2 and (y_test.bincount() - 204.8).abs().max() < 1
+    assert len(torch.cat([train, test]).unique(dim=0)) == 4548 and len(y[:100].unique()) == 10
+    check(make_shapes(2500, 16, masks=True)[:2], train, y)  # drawn in two parts
+    assert len(prepare(IMAGE_SIZE=8, TRAIN_IMAGES=10**9)[0]) == 19456
+    x, y, held_out, _, _ = prepare(IMAGE_SIZE=8, TRAIN_IMAGES=50, VALIDATION_IMAGES=30)
+    assert len(x) == len(y) == 50 and len(held_out) == 30
+    assert torch.equal(prepare(IMAGE_SIZE=8, VALIDATION_IMAGES=30)[2], held_out)
     expect_error("IMAGE_SIZE (72)", "64", IMAGE_SIZE=72)
 
 
@@ -210,6 +215,21 @@ def test_train_images_is_a_fixed_random_subset():
     for n in (0, 40, 41):
         check(prepare(dataset, TRAIN_IMAGES=n, BATCH_SIZE=40), *dataset)
     expect_error("BATCH_SIZE (5)", "there are 4", dataset=dataset, BATCH_SIZE=5, TRAIN_IMAGES=4)
+
+
+def test_validation_images_are_training_images_in_place_of_test_images():
+    images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 32, 32)
+    for test in (images + 100, torch.arange(40)), ():
+        dataset = (images, torch.arange(40) * 2, *test)
+        held_out = prepare(dataset, VALIDATION_IMAGES=12)[2]
+        for n, left in (0, 28), (10, 10), (30, 28):
+            x, y, x_test, y_test, _ = prepare(dataset, VALIDATION_IMAGES=12, TRAIN_IMAGES=n, SEED=n)
+            assert len(x) == left and torch.equal(x_test, held_out)
+            assert len(torch.cat([x, x_test])[:, 0, 0, 0].unique()) == left + 12
+            close(torch.cat([y, y_test]), 2 * torch.cat([x, x_test])[:, 0, 0, 0].long())
+    expect_error(
+        "VALIDATION_IMAGES (40)", "below the 40 images", dataset=dataset, VALIDATION_IMAGES=40
+    )
 
 
 @pytest.mark.parametrize("height, width, size", [(96, 64, 16), (40, 91, 48), (8, 8, 32)])

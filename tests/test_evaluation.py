@@ -1,6 +1,7 @@
 """Evaluation: features, k-NN, linear probe, effective rank, raw pixels, signs of a collapse."""
 
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,6 +41,8 @@ def test_extract_features_gives_the_teacher_s_tokens_of_normalized_pixels(model)
     for batch_size in (1, 4, 500):
         close(extract_features(model, IMAGES, batch_size), tokens)
         close(extract_features(model, IMAGES, batch_size, patches=True), patches)
+        both = torch.cat([tokens, patches.mean(1)], 1)
+        close(extract_features(model, IMAGES, batch_size, avgpool=True), both)
     close(extract_features(model.teacher, pixels), tokens)  # floats are used as they are
     student = extract_features(model.student, IMAGES)
     close(student, model.student.eval()(pixels)[0].detach())
@@ -172,14 +175,18 @@ def test_raw_pixel_knn_normalizes():
     assert dinov2_cifar.raw_pixel_knn(data, [0.0] * 3, [0.1] * 3) == 0.5  # all of one direction
 
 
-def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, shapes):
+def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, shapes, monkeypatch):
     images = Images(*shapes)
     train, test = (extract_features(model, x) for x in (images.train_images, images.test_images))
     data = train, images.train_labels, test, images.test_labels
     expected = {"knn": knn_accuracy(*data), "rank": rank_me(test)}
     assert dinov2_cifar.evaluate(model, images) == pytest.approx(expected, rel=1e-4)
-    expected["linear"] = linear_probe(*data)
+    both = [extract_features(model, x, avgpool=True) for x in (images[0], images[2])]
+    expected["linear"] = linear_probe(both[0], data[1], both[1], data[3])
+    probe = Mock(wraps=linear_probe)
+    monkeypatch.setattr(dinov2_cifar, "linear_probe", probe)
     assert dinov2_cifar.evaluate(model, images, linear=True) == pytest.approx(expected, rel=1e-4)
+    close(probe.call_args[0][0], both[0])
     for name in ("train_labels", "test_labels"):
         assert dinov2_cifar.evaluate(model, images._replace(**{name: None}), linear=True) == {}
 

@@ -168,13 +168,16 @@ def test_koleo_by_hand(device, points, nearest, cosine):
         close(koleo(x, "cosine"), cosine)
 
 
-@pytest.mark.parametrize("kind", ["nearest", "cosine"])
+@pytest.mark.parametrize("kind", ["nearest", "cosine", "uniform"])
 def test_koleo_is_a_loop_over_rows_and_ignores_their_length(kind):
     x, rows = torch.randn(9, 4), range(9)
     unit = [row / row.norm() for row in x.double()]
     nearest = [min((unit[i] - unit[j]).norm() for j in rows if i != j) for i in rows]
     squares = [(unit[i] @ unit[j]) ** 2 for i in rows for j in rows if i != j]
-    expected = -sum(map(torch.log, nearest)) / 9 if kind == "nearest" else sum(squares) / 72
+    others = [[(4 * unit[i] @ unit[j]).exp() for j in rows if i != j] for i in rows]
+    uniform = sum((sum(row) / 8).log() for row in others) / 9
+    nearest, cosine = -sum(map(torch.log, nearest)) / 9, sum(squares) / 72
+    expected = {"nearest": nearest, "cosine": cosine, "uniform": uniform}[kind]
     close(koleo(x * 10 ** torch.linspace(-4, 6, 9)[:, None], kind), expected, 1e-4)
 
 
@@ -294,9 +297,10 @@ def make_batch(config):
 
 
 @pytest.mark.parametrize("num_global, num_local", [(2, 0), (2, 3), (3, 3)])
-@pytest.mark.parametrize("kind", ["nearest", "cosine"])
-def test_forward_equals_slow_composition(small, device, num_global, num_local, kind):
+@pytest.mark.parametrize("kind, features", [("nearest", "class"), ("uniform", "bottleneck")])
+def test_forward_equals_slow_composition(small, device, num_global, num_local, kind, features):
     weights = {"LAMBDA_IMG": 0.7, "LAMBDA_PATCH": 0.4, "LAMBDA_KOLEO": 0.2, "KOLEO_KIND": kind}
+    weights["KOLEO_FEATURES"] = features
     crops = {"GLOBAL_CROPS_NUMBER": num_global, "LOCAL_CROPS_NUMBER": num_local}
     c = small(DEVICE=device, STUDENT_TEMP=0.2, HEAD_BATCH_NORM=False, **weights, **crops)
     model = DINOv2(c).to(device)
@@ -317,7 +321,9 @@ def test_forward_equals_slow_composition(small, device, num_global, num_local, k
     img = sum(dino_loss(logits[v], targets[t], None, 0.2) for v, t in pairs) / len(pairs)
     patch_targets = sinkhorn(model.teacher_patch_head(hidden[1]), epsilon=0.05)
     patch = slow_ibot(model.patch_head(hidden[0]), patch_targets, mask, 0.2)
-    spread = sum(koleo(class_tokens, kind) for class_tokens, _ in student[:num_global])
+    rows = [class_tokens for class_tokens, _ in student[:num_global]]
+    rows = rows if features == "class" else [model.img_head.mlp(x) for x in rows]
+    spread = sum(koleo(x, kind) for x in rows)
     expected = {"img": img, "patch": patch, "koleo": spread}
     expected["loss"] = 0.7 * img + 0.4 * patch + 0.2 * spread
     expected["kl"] = img - entr(torch.cat(targets)).sum(1).mean()

@@ -82,7 +82,10 @@ def take_steps(folder, batches, size, changes):
         torch.save((targets, rows, states), folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("changes", [{}, {"KOLEO_KIND": "cosine", "MASK_RATIO": 0.0}], ids=str)
+UNIFORM = {"KOLEO_KIND": "uniform", "KOLEO_FEATURES": "bottleneck", "MASK_RATIO": 0.0}
+
+
+@pytest.mark.parametrize("changes", [{}, UNIFORM], ids=str)
 def test_two_processes_equal_one_with_the_double_batch(changes, tmp_path):
     c, batches = Config(**{**SMALL, **changes}), []
     for _ in range(6):

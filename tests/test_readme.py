@@ -28,8 +28,8 @@ RULE = r"(?:timeout \d+ )?(?:python|torchrun .*?) (dinov2_cifar\.py|benchmarks/\
 
 @pytest.fixture(autouse=True)
 def few_images(tmp_path, monkeypatch):
-    """Run in an empty folder with 64 and 16 of the built-in images; no linear probe or figures."""
-    few = lambda n, *args, **options: make_shapes(n // 32, *args, **options)  # noqa: E731
+    """Run in an empty folder with 64 of the built-in images; no linear probe or figures."""
+    few = lambda n, *args, **options: make_shapes(min(n, 64), *args, **options)  # noqa: E731
     monkeypatch.setattr(dinov2_cifar, "make_shapes", few)
     monkeypatch.setattr(dinov2_cifar, "linear_probe", lambda *args: 0.5)
     monkeypatch.setattr(dinov2_cifar, "plot_figures", lambda *args: None)

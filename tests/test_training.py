@@ -97,7 +97,7 @@ def test_run_of_images_without_labels_is_not_evaluated(small, shapes, capsys):
 def test_output_is_80_columns_wide_without_a_bar(monkeypatch, tmp_path, capsys, no_figures):
     monkeypatch.chdir(tmp_path)
     draw = dinov2_cifar.make_shapes
-    monkeypatch.setattr(dinov2_cifar, "make_shapes", lambda n, *a, **k: draw(n // 32, *a, **k))
+    monkeypatch.setattr(dinov2_cifar, "make_shapes", lambda n, *a, **k: draw(min(n, 64), *a, **k))
     longer = {"RESUME": "newest", "TOTAL_EPOCHS": 2, "LAMBDA_IMG": 0.5}
     runs = [
         ({}, "k-NN: raw pixels"),
