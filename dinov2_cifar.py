@@ -9,8 +9,8 @@ A student network sees local crops of an image, and global crops, half of them m
 what a teacher network, a moving average of the student, outputs for the global crops. Labels are
 for evaluation.
 
-k-NN accuracy of the frozen features after --quick on two CPU cores, mean of 3 seeds: 36.1 % (raw
-pixels 25.0 %, untrained network 10.6 %). README.md has CIFAR-10.
+k-NN accuracy of the frozen features after --quick on two CPU cores, mean of 3 seeds: 76.7 % (raw
+pixels 44.1 %, untrained network 14.5 %). README.md has CIFAR-10.
 
 DINOv2 (arXiv 2304.07193) combines DINO (2104.14294) and iBOT (2111.07832) with Sinkhorn-Knopp
 centering (SwAV, 2006.09882) and the KoLeo regularizer (1806.03198). Registers: 2309.16588.
