@@ -817,7 +817,7 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
                 x = (x / 255 - backbone.pixel_mean) / backbone.pixel_std
             tokens = backbone(x)
             x = torch.cat([tokens[0], tokens[1].mean(1)], 1) if avgpool else tokens[int(patches)]
-            features.append(x.float().clone())  # a view would keep all tokens
+            features.append(x.to(torch.float32, copy=True))  # a view would keep all tokens
     backbone.train(mode)
     return torch.cat(features)
 

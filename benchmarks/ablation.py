@@ -33,6 +33,7 @@ LIGHTLY_OWN = {"LEARNING_RATE": 4e-3, "WEIGHT_DECAY": 0.04, "WEIGHT_DECAY_END": 
 LIGHTLY_OWN |= {"LAMBDA_IMG": 1.0, "LAMBDA_PATCH": 1.0, "LAMBDA_KOLEO": 0.1, "EMA_START": 0.992}
 LIGHTLY_OWN |= {"EMA_END": 1.0, "FREEZE_PROTOTYPES": 0.02, "HEAD_BATCH_NORM": False}
 LIGHTLY_OWN |= {"TEACHER_TEMP_START": 0.04, "TEACHER_TEMP_END": 0.07, "TEACHER_TEMP_WARMUP": 0.6}
+LIGHTLY_OWN |= {"COMPILE": False}
 PUBLISHED_TEMP = {"TEACHER_TEMP_START": 0.04, "TEACHER_TEMP_END": 0.07}
 STRONG_JITTER = {"COLOR_JITTER": (0.6, 0.6, 0.6, 0.5), "COLOR_JITTER_PROB": 0.95}
 PEER = {"BATCH_SIZE": 256, "GLOBAL_CROPS_NUMBER": 2, "LOCAL_CROPS_NUMBER": 0, "MASK_RATIO": 0.0}
@@ -94,10 +95,7 @@ ROWS = {
     "registers-4": ({"REGISTER_TOKENS": 4}, "as in DINOv2 with registers"),
     # lightly_baseline.py instead of dinov2_cifar.py
     "lightly*": ({"COMPILE": False}, "lightly's parts, with our constants and schedules"),
-    "lightly-own": (
-        {**LIGHTLY_OWN, "COMPILE": False},
-        "the same with the constants of lightly's example",
-    ),
+    "lightly-own": (LIGHTLY_OWN, "the same with the constants of lightly's example"),
     # peers.py instead of dinov2_cifar.py
     "simclr": (SIMCLR, "pairs of views against all others of the batch"),
     "vicreg": (VICREG, "pairs of views, and decorrelated features"),
@@ -106,7 +104,7 @@ for peer in ("simclr", "vicreg"):  # the rest of their search
     settings = ROWS[peer][0]
     for change in ("half", "double"):
         rate = ROWS[f"learning-rate-{change}"][0]
-        ROWS[f"{peer}-rate-{change}"] = ({**settings, **rate}, "its own best rate")
+        ROWS[f"{peer}-rate-{change}"] = ({**settings, **rate}, f"{change} the learning rate")
     ROWS[f"{peer}-scale-0.2"] = ({**settings, "GLOBAL_CROPS_SCALE": (0.2, 1.0)}, "smaller crops")
 SCRIPTS = {  # of rows whose names start so, and its first words
     "lightly": ["benchmarks/lightly_baseline.py"],
@@ -204,8 +202,9 @@ class Run:
     def epochs_in(self, seconds):
         """Return how many whole epochs like this finished one fit, at least one."""
         dinov2.require(self.has("final"), f"{self.name}: {self.error or 'has not finished'}")
-        first, last = (self.records("step")[i] for i in (0, -1))
-        if first is last:  # one step
+        steps = self.records("step")
+        first, last = steps[0], steps[-1]
+        if len(steps) == 1:
             return max(1, int(seconds / last["seconds"]))
         step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
         start = first["seconds"] - first["step"] * step  # compiling
