@@ -53,6 +53,7 @@ def test_make_shapes_is_balanced_shuffled_and_seeded():
     assert (y.bincount() - 250).abs().max() < 2 and (y_test.bincount() - 204.8).abs().max() < 1
     assert len(torch.cat([train, test]).unique(dim=0)) == 4548 and len(y[:100].unique()) == 10
     check(make_shapes(2500, 16, masks=True)[:2], train, y)  # drawn in two parts
+    assert not torch.equal(*make_shapes(4096, 8)[0].split(2048))
     assert len(prepare(IMAGE_SIZE=8, TRAIN_IMAGES=10**9)[0]) == 19456
     x, y, held_out, _, _ = prepare(IMAGE_SIZE=8, TRAIN_IMAGES=50, VALIDATION_IMAGES=30)
     assert len(x) == len(y) == 50 and len(held_out) == 30
