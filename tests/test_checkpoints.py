@@ -236,9 +236,11 @@ def test_new_run_archives_an_earlier_one_after_its_first_step(finished, monkeypa
             patch.setattr(dinov2, name, crash)
             train(finished, SEED=1)
     assert files(finished) == before and not list(finished.glob("earlier-*"))
+    (finished / "dinov2_mine.pth").touch()  # of the user
     crash_at(2, finished, SEED=1)
     (archive,) = finished.glob("earlier-*")
-    assert files(archive) == before and files(finished).keys() == {"metrics.jsonl"}
+    assert files(archive) == before
+    assert files(finished).keys() == {"dinov2_mine.pth", "metrics.jsonl"}
 
 
 def test_older_checkpoint_stays_and_newer_files_are_archived(finished, whole):
