@@ -1553,10 +1553,10 @@ def lock_output_dir(config):
 
 def archive_previous_run(folder, keep=None):
     """Move an earlier run's checkpoints, metrics and figures, except keep, to a new folder."""
-    names = [f"dinov2_{name}.pth" for name in ("last", "final", "epoch_*")]
+    names = [f"dinov2_{name}.pth" for name in ("last", "final", "epoch_[0-9]*")]
     names += ["metrics.jsonl", "figures"]
     files = [file for name in names for file in folder.glob(name)]
-    files = [file for file in files if not (keep and file.samefile(keep))]
+    files = [file for file in files if file.exists() and not (keep and file.samefile(keep))]
     if files:
         archive = folder / f"{time.strftime('earlier-%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         archive.mkdir()

@@ -236,11 +236,13 @@ def test_new_run_archives_an_earlier_one_after_its_first_step(finished, monkeypa
             patch.setattr(dinov2, name, crash)
             train(finished, SEED=1)
     assert files(finished) == before and not list(finished.glob("earlier-*"))
-    (finished / "dinov2_mine.pth").touch()  # of the user
+    own = {"dinov2_mine.pth", "dinov2_epoch_best.pth"}  # of the user
+    for name in own:
+        (finished / name).touch()
     crash_at(2, finished, SEED=1)
     (archive,) = finished.glob("earlier-*")
     assert files(archive) == before
-    assert files(finished).keys() == {"dinov2_mine.pth", "metrics.jsonl"}
+    assert files(finished).keys() == own | {"metrics.jsonl"}
 
 
 def test_older_checkpoint_stays_and_newer_files_are_archived(finished, whole):

@@ -1,16 +1,27 @@
 """Evaluation: features, k-NN, linear probe, effective rank, raw pixels, signs of a collapse."""
 
 import math
+import re
+import subprocess
+import sys
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import close
+from conftest import ROOT, close
 
 import dinov2_cifar
-from dinov2_cifar import DINOv2, Images, extract_features, knn_accuracy, linear_probe, rank_me
+from dinov2_cifar import (
+    DINOv2,
+    Images,
+    extract_features,
+    knn_accuracy,
+    linear_probe,
+    make_shapes,
+    rank_me,
+)
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(256, size=(11, 3, 32, 32), dtype="u1"))
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]))
@@ -224,3 +235,39 @@ def test_collapse_warnings_name_a_collapsed_model_alone(scale, bias, sign, small
     config = small(PROJECTION_DIM=64, BATCH_SIZE=32)
     signs = dinov2_cifar.collapse_warnings(values, values, values, config)
     assert len(signs) == bool(sign) and all(sign in s for s in signs)
+
+
+# ---- The trained network of the repository ----
+
+TEACHER = ROOT / "checkpoints" / "dinov2_tiny_cifar10.pth"
+UNPACK = ROOT.parent / "shared" / "data" / "unpack.py"
+
+
+def test_trained_teacher_is_small_and_knows_more_than_an_untrained_one_of_other_images():
+    assert TEACHER.stat().st_size < 6e6
+    teacher, (images, labels) = dinov2_cifar.load_backbone(TEACHER), make_shapes(2048, seed=5)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    untrained = dinov2_cifar.VisionTransformer(patch_size=8, embed_dim=192, depth=6, num_heads=3)
+    for name in ("pixel_mean", "pixel_std"):
+        getattr(untrained, name).copy_(getattr(teacher, name))
+    features = (extract_features(network, images) for network in (teacher, untrained))
+    ours, others = (
+        knn_accuracy(x[:1024], labels[:1024], x[1024:], labels[1024:]) for x in features
+    )
+    assert ours > others + 0.06
+
+
+@pytest.mark.skipif(not UNPACK.exists(), reason="no JPEG copy of CIFAR-10")
+def test_trained_teacher_has_the_accuracy_of_its_card(tmp_path):
+    counts = ["--train", "200", "--test", "50"]  # of each class
+    subprocess.run([sys.executable, UNPACK, "npz", tmp_path / "few.npz", *counts], check=True)
+    images, teacher = (
+        dinov2_cifar.load_npz(tmp_path / "few.npz"),
+        dinov2_cifar.load_backbone(TEACHER),
+    )
+    x, x_test = (extract_features(teacher, part) for part in (images[0], images[2]))
+    found = [knn_accuracy(x, images.train_labels, x_test, images.test_labels)]
+    found.append(dinov2_cifar.raw_pixel_knn(images, teacher.pixel_mean, teacher.pixel_std))
+    card = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = re.search(r"k-NN\s+is\s+([\d.]+)\s+%\s+\(raw\s+pixels\s+([\d.]+)\s+%\)", card)
+    assert found == pytest.approx([float(text) / 100 for text in card.groups()], abs=0.01)
