@@ -10,15 +10,11 @@ objective, the teacher and masks have no effect. Checkpoints and metrics are as 
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lightly_baseline import dinov2  # which finds it, one folder up
 from torch import nn
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import dinov2_cifar as dinov2  # noqa: E402, one folder up
 
 
 def nt_xent_loss(z1, z2, temperature):
