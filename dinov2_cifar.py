@@ -585,11 +585,11 @@ class DINOv2(nn.Module):
             patch_indices = mask.flatten().nonzero()[:, 0]
         crops, local = torch.cat(views[:G]), views[G:]  # crops: (R,3,S,S)
         img_targets, patch_targets = self.teacher_targets(crops, patch_indices, teacher_temp)
-        spread, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
+        features, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
         img = multi_crop_dino_loss(img_logits, img_targets, c.STUDENT_TEMP)
         patch = ibot_loss(patch_logits, patch_targets, mask, None, c.STUDENT_TEMP)
         # One KoLeo per global crop, summed: two views of an image must not repel each other
-        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in spread[:G])
+        koleo = sum(koleo_regularizer(x, c.KOLEO_KIND) for x in features[:G])
         loss = c.LAMBDA_IMG * img + c.LAMBDA_PATCH * patch + c.LAMBDA_KOLEO * koleo
         parts = {"img": img.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
         return {"loss": loss, **parts, **target_diagnostics(img_targets, img)}
@@ -615,10 +615,10 @@ class DINOv2(nn.Module):
             tokens = torch.cat([tokens, local_tokens])
         embeddings = self.img_head.embed(tokens)
         img_logits = self.img_head.compare(embeddings)  # (V*B,K)
-        spread = tokens if self.config.KOLEO_FEATURES == "class" else embeddings
+        features = tokens if self.config.KOLEO_FEATURES == "class" else embeddings
         patch_logits = self.patch_head(patches) if len(patch_indices) else img_logits[:0]
         V = self.config.GLOBAL_CROPS_NUMBER + len(local_crops)
-        return spread.unflatten(0, (V, -1)), img_logits.unflatten(0, (V, -1)), patch_logits
+        return features.unflatten(0, (V, -1)), img_logits.unflatten(0, (V, -1)), patch_logits
 
     @torch.no_grad()
     def update_teacher(self, m):
