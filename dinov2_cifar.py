@@ -584,8 +584,10 @@ class DINOv2(nn.Module):
         if patch_indices is None:
             patch_indices = mask.flatten().nonzero()[:, 0]
         crops, local = torch.cat(views[:G]), views[G:]  # crops: (R,3,S,S)
-        img_targets, patch_targets = self.teacher_targets(crops, patch_indices, teacher_temp)
         features, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
+        known = img_logits[:G].flatten(0, 1) if self.is_own_teacher else None  # (R,K)
+        targets = self.teacher_targets(crops, patch_indices, teacher_temp, known)
+        img_targets, patch_targets = targets
         img = multi_crop_dino_loss(img_logits, img_targets, c.STUDENT_TEMP)
         patch = ibot_loss(patch_logits, patch_targets, mask, None, c.STUDENT_TEMP)
         # One KoLeo per global crop, summed: two views of an image must not repel each other
@@ -594,12 +596,27 @@ class DINOv2(nn.Module):
         parts = {"img": img.detach(), "patch": patch.detach(), "koleo": koleo.detach()}
         return {"loss": loss, **parts, **target_diagnostics(img_targets, img)}
 
+    @property
+    def is_own_teacher(self):
+        """Whether the teacher's outputs are the student's, so that one forward pass gives both.
+
+        So it is with momentum 0 (as in SwAV) where nothing is masked or dropped. Batch norm also
+        sees local crops.
+        """
+        c = self.config
+        differs = (c.EMA_START, c.EMA_END, c.MASK_RATIO, c.DROPOUT, c.DROP_PATH)
+        return not any((*differs, c.LOCAL_CROPS_NUMBER))
+
     @torch.no_grad()
-    def teacher_targets(self, crops, patch_indices, temperature):
-        """Return image targets (G,B,K) and patch targets (M,K), each centered over all rows."""
+    def teacher_targets(self, crops, patch_indices, temperature, logits=None):
+        """Return image targets (G,B,K) and patch targets (M,K), each centered over all rows.
+
+        logits (R,K): the teacher's of the class tokens, where they are known.
+        """
         G, rounds = self.config.GLOBAL_CROPS_NUMBER, self.config.SINKHORN_ITERATIONS
-        class_tokens, patches = self.teacher(crops, None, patch_indices)  # (R,D), (M,D)
-        logits = self.teacher_img_head(class_tokens)
+        if logits is None:
+            class_tokens, patches = self.teacher(crops, None, patch_indices)  # (R,D), (M,D)
+            logits = self.teacher_img_head(class_tokens)
         img_targets = sinkhorn_knopp_centering(logits, rounds, temperature)
         patch_targets = img_targets[:0]
         if len(patch_indices):

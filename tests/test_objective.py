@@ -333,6 +333,28 @@ def test_forward_equals_slow_composition(small, device, num_global, num_local, k
             close(values[name], value, 1e-4)
 
 
+SHARED = {"EMA_START": 0.0, "EMA_END": 0.0, "MASK_RATIO": 0.0, "LOCAL_CROPS_NUMBER": 0}
+APART = [{"EMA_START": 0.5}, {"EMA_END": 0.5}, {"MASK_RATIO": 0.2}, {"LOCAL_CROPS_NUMBER": 1}]
+APART += [{"DROPOUT": 0.5}, {"DROP_PATH": 0.5}]
+
+
+@pytest.mark.parametrize("changes", [{}, *APART])
+def test_student_is_its_own_teacher_only_where_their_outputs_are_the_same(
+    small, monkeypatch, changes
+):
+    c = small(BATCH_SIZE=4, **SHARED | changes)
+    model, (views, _), (mask, indices) = DINOv2(c), make_batch(c), MaskGenerator(c).draw()
+    passes = []
+    model.teacher.register_forward_hook(lambda *args: passes.append(args))
+    values = model(views, mask, 0.05, indices)
+    assert len(passes) == bool(changes)
+    if not changes:
+        monkeypatch.setattr(DINOv2, "is_own_teacher", False)
+        for name, value in model(views, mask, 0.05, indices).items():
+            close(values[name], value)
+        assert len(passes) == 1
+
+
 @pytest.mark.parametrize("masked", [0, 1, 5])
 def test_forward_gradients_reach_all_of_the_student_and_no_teacher(small, masked):
     c = small(REGISTER_TOKENS=1, HEAD_BATCH_NORM=False)
