@@ -1,7 +1,8 @@
 """DINOv2 in one file: train a Vision Transformer on CIFAR-10 without labels.
 
     python dinov2_cifar.py --quick                # built-in images, three minutes
-    python dinov2_cifar.py                        # CIFAR-10, settings as in Config
+    python dinov2_cifar.py --hour                 # CIFAR-10 on a CPU, an hour of one core
+    python dinov2_cifar.py                        # CIFAR-10 on a GPU, settings as in Config
     python dinov2_cifar.py --dataset photos/      # your images
     torchrun --nproc-per-node 2 dinov2_cifar.py   # two GPUs
 
@@ -584,9 +585,12 @@ class DINOv2(nn.Module):
         if patch_indices is None:
             patch_indices = mask.flatten().nonzero()[:, 0]
         crops, local = torch.cat(views[:G]), views[G:]  # crops: (R,3,S,S)
+        own = self.is_own_teacher and not local and not len(patch_indices)
+        targets = None if own else self.teacher_targets(crops, patch_indices, teacher_temp)
         features, img_logits, patch_logits = self.student_outputs(crops, local, mask, patch_indices)
-        known = img_logits[:G].flatten(0, 1) if self.is_own_teacher else None  # (R,K)
-        targets = self.teacher_targets(crops, patch_indices, teacher_temp, known)
+        if own:
+            known = img_logits.flatten(0, 1)  # (R,K)
+            targets = self.teacher_targets(crops, patch_indices, teacher_temp, known)
         img_targets, patch_targets = targets
         img = multi_crop_dino_loss(img_logits, img_targets, c.STUDENT_TEMP)
         patch = ibot_loss(patch_logits, patch_targets, mask, None, c.STUDENT_TEMP)
@@ -598,14 +602,12 @@ class DINOv2(nn.Module):
 
     @property
     def is_own_teacher(self):
-        """Whether the teacher's outputs are the student's, so that one forward pass gives both.
+        """Whether the teacher always equals the student: momentum 0, as in SwAV, and no dropout.
 
-        So it is with momentum 0 (as in SwAV) where nothing is masked or dropped. Batch norm also
-        sees local crops.
+        Without masks and local crops, which batch norm would see, one forward pass then gives both.
         """
         c = self.config
-        differs = (c.EMA_START, c.EMA_END, c.MASK_RATIO, c.DROPOUT, c.DROP_PATH)
-        return not any((*differs, c.LOCAL_CROPS_NUMBER))
+        return not any((c.EMA_START, c.EMA_END, c.DROPOUT, c.DROP_PATH))
 
     @torch.no_grad()
     def teacher_targets(self, crops, patch_indices, temperature, logits=None):
@@ -1828,24 +1830,38 @@ def input_errors(name, message):
         raise InputError(f"{name} {message} ({reason[:300]})") from None
 
 
-# Settings of --quick. Color says nothing about a shape: distort it strongly. A part of a shape is
-# another shape: no small crops and no masks
-QUICK = {
+# Settings of --hour, in which the number of steps counts most: large patches, small crops, no local
+# ones, no masks, and with momentum 0 no forward pass of the teacher
+HOUR = {
     "MODEL_SIZE": "tiny",
-    "MODEL_DIMS": {**Config.MODEL_DIMS, "tiny": {"dim": 192, "depth": 2, "heads": 3}},
     "PATCH_SIZE": 8,
-    "GLOBAL_CROPS_NUMBER": 3,
+    "GLOBAL_CROP_SIZE": 24,
     "LOCAL_CROPS_NUMBER": 0,
-    "GLOBAL_CROPS_SCALE": (0.85, 1.0),
-    "COLOR_JITTER": (0.6, 0.6, 0.6, 0.5),
-    "COLOR_JITTER_PROB": 0.95,
-    "GRAYSCALE_PROB": 0.5,
     "LAMBDA_KOLEO": 0.5,
     "KOLEO_KIND": "uniform",
     "KOLEO_FEATURES": "bottleneck",
     "MASK_RATIO": 0.0,
-    "BATCH_SIZE": 64,
+    "BATCH_SIZE": 256,
     "LEARNING_RATE": 4e-3,
+    "EMA_START": 0.0,
+    "EMA_END": 0.0,
+    "TOTAL_EPOCHS": 38,
+    "DATASET": "cifar10",
+    "EVAL_EVERY": 19,
+}
+# Settings of --quick. Color says nothing about a shape: distort it strongly. A part of a shape is
+# another shape: no small crops, and no masks
+QUICK = {
+    **HOUR,
+    "MODEL_DIMS": {**Config.MODEL_DIMS, "tiny": {"dim": 192, "depth": 2, "heads": 3}},
+    "GLOBAL_CROPS_NUMBER": 3,
+    "GLOBAL_CROP_SIZE": 32,
+    "GLOBAL_CROPS_SCALE": (0.85, 1.0),
+    "COLOR_JITTER": (0.6, 0.6, 0.6, 0.5),
+    "COLOR_JITTER_PROB": 0.95,
+    "GRAYSCALE_PROB": 0.5,
+    "BATCH_SIZE": 64,
+    "EMA_START": 0.9,
     "EMA_END": 0.97,
     "TOTAL_EPOCHS": 4,
     "DATASET": "shapes",
@@ -1919,7 +1935,10 @@ def parse_arguments(argv=None):
     comments = dict(re.findall(r"^    ([A-Z_]+) = .*?  # (.*)$", source, re.MULTILINE))
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = exit_with_error
-    parser.add_argument("--quick", action="store_true", help="tiny network on shapes; see QUICK")
+    presets = parser.add_mutually_exclusive_group()
+    fixed = {"action": "store_const", "dest": "preset"}
+    presets.add_argument("--quick", const=QUICK, help="tiny network on shapes; see QUICK", **fixed)
+    presets.add_argument("--hour", const=HOUR, help="an hour of one CPU core; see HOUR", **fixed)
     kinds = {
         bool: {"action": argparse.BooleanOptionalAction},
         tuple: {"type": float, "nargs": "+", "metavar": "X"},
@@ -1933,8 +1952,7 @@ def parse_arguments(argv=None):
         flag = "--" + name.lower().replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
     given = {name.upper(): value for name, value in vars(parser.parse_args(argv)).items()}
-    quick = QUICK if given.pop("QUICK") else {}
-    return Config(**{**quick, **given})
+    return Config(**{**(given.pop("PRESET") or {}), **given})
 
 
 class StopRequest:
@@ -1980,7 +1998,7 @@ def main(argv=None):
         sys.exit(128 + signal.SIGINT)
 
 
-__all__ = """Config QUICK InputError MultiCropTransform MultiCropDataset PatchEmbedding
+__all__ = """Config HOUR QUICK InputError MultiCropTransform MultiCropDataset PatchEmbedding
     MultiHeadAttention MLP TransformerBlock VisionTransformer ProjectionHead DINOv2
     sinkhorn_knopp_centering dino_loss ibot_loss koleo_regularizer generate_random_mask
     generate_block_mask CosineScheduler train_dinov2 save_checkpoint load_checkpoint

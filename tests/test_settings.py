@@ -200,11 +200,14 @@ def test_device_and_compile_choose_how_networks_run(compile, device, triton, mon
         compiled.clear()
 
 
-def test_flags_override_quick_and_quick_overrides_config(monkeypatch):
+@pytest.mark.parametrize("flag, preset", [("--quick", QUICK), ("--hour", dinov2_cifar.HOUR)])
+def test_flags_override_presets_and_presets_override_config(flag, preset, monkeypatch):
     monkeypatch.setattr(Config, "SEED", 9)
     assert parse_arguments([]).to_dict() == Config().to_dict()
-    config = parse_arguments("--batch-size 5 --quick --resume".split()).to_dict()
-    assert config == Config(**{**QUICK, "SEED": 9, "BATCH_SIZE": 5, "RESUME": "newest"}).to_dict()
+    config = parse_arguments(["--batch-size=5", flag, "--resume"]).to_dict()
+    given = {"SEED": 9, "BATCH_SIZE": 5, "RESUME": "newest"}
+    assert config == Config(**{**preset, **given}).to_dict()
+    assert all(value != getattr(Config, name) for name, value in dinov2_cifar.HOUR.items())
 
 
 def test_help_of_flag_is_comment_of_constant(capsys):

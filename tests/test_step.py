@@ -25,7 +25,7 @@ def test_views_and_masks_issue_few_operations():
 FEW = {"DROPOUT": 0.1, "DROP_PATH": 0.1, "REGISTER_TOKENS": 1, "LAYER_SCALE": 0.1}
 FEW |= {"KOLEO_KIND": "cosine", "MASK_KIND": "random", "GLOBAL_CROPS_NUMBER": 3}
 NONE = {"HEAD_BATCH_NORM": False, "MASK_RATIO": 0.0, "LOCAL_CROPS_NUMBER": 0}
-NONE |= {"KOLEO_KIND": "uniform", "KOLEO_FEATURES": "bottleneck"}
+NONE |= {"KOLEO_KIND": "uniform", "KOLEO_FEATURES": "bottleneck", "EMA_START": 0.0, "EMA_END": 0.0}
 GRAPHS = [("aot_eager", {}, 4), ("eager", {"PRECISION": "bf16", **FEW}, 4), ("eager", NONE, 3)]
 
 
