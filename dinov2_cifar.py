@@ -1938,7 +1938,7 @@ def parse_arguments(argv=None):
     presets = parser.add_mutually_exclusive_group()
     fixed = {"action": "store_const", "dest": "preset"}
     presets.add_argument("--quick", const=QUICK, help="tiny network on shapes; see QUICK", **fixed)
-    presets.add_argument("--hour", const=HOUR, help="an hour of one CPU core; see HOUR", **fixed)
+    presets.add_argument("--hour", const=HOUR, help="CIFAR-10 on a CPU; see HOUR", **fixed)
     kinds = {
         bool: {"action": argparse.BooleanOptionalAction},
         tuple: {"type": float, "nargs": "+", "metavar": "X"},
