@@ -27,11 +27,14 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
@@ -50,7 +53,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils._triton import has_triton
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
@@ -124,7 +127,7 @@ class Config:
     CLIP_GRAD = 3.0  # maximum norm of the gradient; 0: no clipping
     TOTAL_EPOCHS = 2  # passes over the training images; schedules stretch with it
     # Run
-    DATASET = "auto"  # CIFAR-10, else shapes; or cifar10, cifar100, shapes, a folder, a .npz
+    DATASET = "auto"  # cifar10, else shapes; or cifar100, shapes, a folder, a .npz or .npy file
     DATA_PATH = "data"  # folder for the CIFAR download
     TRAIN_IMAGES = 0  # number of training images, a fixed random subset; 0: all
     VALIDATION_IMAGES = 0  # training images held out, and evaluated in place of the test images
@@ -159,8 +162,8 @@ CONSTANTS = {name: value for name, value in vars(Config).items() if name.isupper
 class MultiCropTransform:
     """Turn images into V normalized views, global crops first.
 
-    PIL or uint8 (3,H,W) -> V times (3,S,S); uint8 (B,3,H,W) -> V times (B,3,S,S), each image with
-    its own box, flip and colors. config: scales, flip and colors. mean, std: of channels, in 0..1.
+    An image (see to_uint8) -> V times (3,S,S); a batch -> V times (B,3,S,S), each image with its
+    own box, flip and colors. config: scales, flip and colors. mean, std: of channels, in 0..1.
     """
 
     def __init__(
@@ -202,23 +205,25 @@ class MultiCropTransform:
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
-    """The V views of each image of a dataset (see as_images), drawn on its device.
+    """The V views of each image of a dataset (see as_images), drawn on device, or on its own.
 
     [i]: a list of (3,S,S). __getitems__(indices): a list of (B,3,S,S), in one vectorized call.
     """
 
-    def __init__(self, dataset, transform):
-        self.images, self.transform = as_images(dataset).train_images, transform
+    def __init__(self, dataset, transform, device=None):
+        dataset = dataset if isinstance(dataset, Images) else as_images(dataset)
+        self.images, self.transform = dataset.train_images, transform
+        self.device = device or self.images.device
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.transform(self.images[index])
+        return self.transform(self.images[index].to(self.device))
 
     def __getitems__(self, indices):
         indices = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
-        return self.transform(self.images[indices])
+        return self.transform(self.images[indices].to(self.device, non_blocking=True))
 
 
 # ---- Model: a pre-norm Vision Transformer (2010.11929) and the projection heads ----
@@ -755,7 +760,7 @@ def train_dinov2(config=None, dataset=None):
         images = prepare_images(c, dataset)
         mean, std = channel_mean_std(images.train_images)
         sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
-        crops = MultiCropDataset(images, MultiCropTransform(*sizes, c, mean, std))
+        crops = MultiCropDataset(images, MultiCropTransform(*sizes, c, mean, std), c.DEVICE)
         masks = MaskGenerator(c)
         steps_per_epoch = len(crops) // images_per_step(c)
         total_steps = steps_per_epoch * c.TOTAL_EPOCHS
@@ -764,9 +769,10 @@ def train_dinov2(config=None, dataset=None):
         seed_step(c.SEED, 0)
         model = make_model(c, mean, std)
         optimizer = make_optimizer(model)
+        require_room(model)
 
         # Resume a run, or first measure raw pixels and the untrained network
-        logger = MetricLogger(c, images.name, steps_per_epoch)
+        logger = MetricLogger(c, describe_images(images), steps_per_epoch)
         work = f"{len(crops):,} images, {total_steps:,} steps of {images_per_step(c):,}"
         print(f"{images.name[-20:]}: {work}; {c.MODEL_SIZE} on {c.DEVICE}", flush=True)
         if checkpoint:
@@ -823,17 +829,34 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
     """Return fp32 class tokens (N,D), or patch tokens (N,patches,D), in eval mode.
 
     model: a VisionTransformer, or a DINOv2, for its teacher.
-    images: (N,3,H,W), uint8 or normalized.
+    images: (N,3,H,W), uint8, floats in 0..1 or, if others, normalized; uint8 or arrays also
+    (N,H,W,3); one (3,H,W) or (H,W,3); PIL's or a list of images, resized to the size of training.
     avgpool: return class token and mean patch token, (N,2*D).
     """
     backbone = getattr(model, "teacher", model)
     mode, features = backbone.training, []
+    if isinstance(images, (list, tuple, Image.Image)):
+        side = math.isqrt(backbone.patch_embed.num_patches) * backbone.patch_embed.patch_size
+        images = [images] if isinstance(images, Image.Image) else images
+        images = torch.stack([to_uint8(x, side) for x in images] or [torch.empty(0)])
+    elif not torch.is_tensor(images) or not images.is_floating_point():
+        images = to_uint8(images)
+    images = images.unsqueeze(0) if images.ndim == 3 else images
+    fits = images.ndim == 4 and images.shape[1] == 3 and len(images)
+    require(fits, f"images must be (N,3,H,W), not {tuple(images.shape)}")
+    scale = 255  # of uint8; 0: normalized already
+    if images.is_floating_point():
+        low, high = images.aminmax()
+        scale = 1 if low >= 0 and high <= 1 else 0
+        fits, found = max(-low, high) < 20, f"{low:.4g}..{high:.4g}"
+        require(fits, f"floats must be normalized or in 0..1, not {found}")
     backbone.eval()
     with torch.compiler.set_stance("force_eager"):  # any batch size
         for x in images.split(batch_size):
             x = x.to(backbone.pixel_mean.device)
-            if x.dtype == torch.uint8:
-                x = (x / 255 - backbone.pixel_mean) / backbone.pixel_std
+            if scale:
+                x = (x / scale - backbone.pixel_mean) / backbone.pixel_std
+            x = x.to(backbone.cls_token.dtype)
             tokens = backbone(x)
             x = torch.cat([tokens[0], tokens[1].mean(1)], 1) if avgpool else tokens[int(patches)]
             features.append(x.to(torch.float32, copy=True))  # a view would keep all tokens
@@ -889,6 +912,13 @@ def rank_me(features):
     return torch.special.entr(values).sum().exp().item()
 
 
+def labeled(images, labels, most):
+    """Return batches of what has labels, and these; if over most, evenly spaced ones."""
+    known = (labels >= 0).nonzero()[:, 0]
+    known = known[:: math.ceil(len(known) / most) or 1]
+    return (images[i] for i in known.to(images.device).split(512)), labels[known]
+
+
 def evaluate(model, images, linear=False):
     """Return "knn", "rank" and, if asked for, "linear" of the teacher; {} without labels.
 
@@ -896,12 +926,17 @@ def evaluate(model, images, linear=False):
     """
     if images.train_labels is None or images.test_labels is None:
         return {}
+    parts = [labeled(*images[i : i + 2], 100_000) for i in (0, 2)]
+    if not all(len(y) for _, y in parts):
+        return {}
     with autocast(model.config):
-        train = extract_features(model, images.train_images, avgpool=True)
-        test = extract_features(model, images.test_images, avgpool=True)
+        train, test = (
+            torch.cat([extract_features(model, x, avgpool=True) for x in batches])
+            for batches, _ in parts
+        )
+    y, y_test = parts[0][1], parts[1][1]
     require(test.isfinite().all(), f"features are not finite; {REMEDY}")
     x, x_test = (features[:, : features.shape[1] // 2] for features in (train, test))
-    y, y_test = images.train_labels, images.test_labels
     scores = {"knn": knn_accuracy(x, y, x_test, y_test), "rank": rank_me(x_test)}
     return {**scores, "linear": linear_probe(train, y, test, y_test)} if linear else scores
 
@@ -909,8 +944,9 @@ def evaluate(model, images, linear=False):
 def raw_pixel_knn(images, mean, std):
     data = []
     for x, y in (images[:2], images[2:4]):
-        n = math.ceil(x.numel() / (50_000 * 3 * 32**2))  # floats are large: at most CIFAR's size
-        data += [TF.normalize(x[::n] / 255, mean, std).flatten(1), y[::n]]
+        batches, y = labeled(x, y, math.ceil(50_000 * 3 * 32**2 / x[0].numel()))  # floats are large
+        x = torch.cat([TF.normalize(x / 255, mean, std).flatten(1) for x in batches])
+        data += [x.to(y.device), y]
     return knn_accuracy(*data)
 
 
@@ -1089,66 +1125,271 @@ class MaskGenerator:
         return mask, indices[: self.num_masked]
 
 
-# ---- Data sources ----
+# ---- Data: objects, files and folders become Images ----
 
 
 class Images(NamedTuple):
-    """Images uint8 (N,3,H,W), labels int64 (N,) or None."""
+    """Images uint8 (N,3,H,W), labels int64 (N,), -1 where unknown; None where there are none."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor = None
     test_images: torch.Tensor = None
     test_labels: torch.Tensor = None
     name: str = "your images"
-
-
-def to_uint8(image, size=None):
-    """Return a PIL image or uint8 (...,3,H,W) as uint8, resized and cropped to size."""
-    if isinstance(image, Image.Image):
-        require(image.mode[0] not in "IF", f"mode {image.mode} has over 8 bits; use RGB")
-        image = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    kind, shape = getattr(image, "dtype", type(image)), getattr(image, "shape", ())
-    fits = kind == torch.uint8 and len(shape) in (3, 4) and shape[-3] == 3
-    require(fits, f"images must be PIL's or uint8 (N,3,H,W), not {kind} {tuple(shape)}")
-    if size and shape[-2:] != (size, size):
-        square = TF.center_crop(image, min(shape[-2:]))
-        image = TF.resize(square, [size, size], TF.InterpolationMode.BICUBIC)
-    return image
-
-
-def check_split(images, labels, size):
-    """Return images uint8 (N,3,size,size), N > 0, and labels int64 (N,) or None."""
-    images = to_uint8(images, size)
-    n = len(images)
-    require(images.ndim == 4 and n, "images must be (N,3,H,W) with N > 0")
-    if labels is not None:
-        fits = torch.is_tensor(labels) and labels.shape == (n,) and not labels.is_floating_point()
-        fits = fits and 0 <= labels.long().min() <= labels.long().max() < 2**16
-        require(fits, f"labels must be a tensor of {n} integers from 0 to 65535, one per image")
-        labels = labels.long()
-    return images, labels
+    obstacle: str = "no training labels"  # why nothing can be evaluated
+    classes: tuple = ()  # as the labels were before they became numbers
 
 
 def as_images(dataset, size=None):
-    """Return a dataset as Images, resized and cropped to size.
+    """Return a dataset as Images, resized and center-cropped to size, classes numbered from 0.
 
-    dataset: uint8 (N,3,H,W); a tuple (images, labels), or both for training and test;
-    or a sequence of PIL images or (image, label), like torchvision's datasets.
+    dataset: images, (images, labels), (images, labels, test_images, test_labels), a pair of
+    training and test datasets, or a mapping with train and test, or x_train, y_train, x_test and
+    y_test. Images are an array or tensor (N,3,H,W), (N,H,W,3) or gray (N,H,W), uint8 or floats in
+    0..1; or a sequence of paths, of images, of (image, label), or of rows with image and label.
+    A label is an integer from 0 on or a string; -1 or None: unknown.
     """
-    if isinstance(dataset, torch.Tensor):
-        dataset = (dataset, None)
+    name = (dataset if isinstance(dataset, Images) else Images(None)).name
+    (x, y), (x_test, y_test) = find_splits(dataset)
+    x, y, levels = read_split(x, y, size)
+    if x_test is not None:
+        x_test, y_test, _ = read_split(x_test, y_test, size, levels)
+    y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
+    return Images(x, y, x_test, y_test, name, obstacle, classes)
+
+
+# Names of images and labels in a mapping, a .npz, or a folder of .npy files
+TRAIN = [("x_train", "y_train"), ("train_images", "train_labels"), ("train", "")]
+TEST = [("x_test", "y_test"), ("test_images", "test_labels"), ("test", "")]
+TEST += [("x_val", "y_val"), ("val_images", "val_labels"), ("val", "")]
+TEST += [("x_valid", "y_valid"), ("valid", ""), ("validation", "")]
+
+
+def find_splits(dataset):
+    """Return (images, labels) of training and test, as given or None."""
+    dataset = dataset[:4] if isinstance(dataset, Images) else dataset
+    require(not isinstance(dataset, (str, Path)), f"a path, {dataset}, is a DATASET of Config")
+    if isinstance(dataset, Mapping):
+        data = {str(key).casefold(): value for key, value in dataset.items()}
+        train, tests = (
+            [as_pair(data[x], data.get(y)) for x, y in names if data.get(x) is not None]
+            for names in (TRAIN, TEST)
+        )
+        require(train, f"wanted is x_train, train_images or train, not {', '.join(data)}")
+        return train[0], max(tests, key=has_labels, default=(None, None))
     if not isinstance(dataset, tuple):
-        with input_errors("dataset", "is not a sequence of images or (image, label)"):
-            items = [dataset[i] for i in range(len(dataset))]
-            items = [item if isinstance(item, tuple) else (item, None) for item in items]
-            x, y = zip(*items, strict=True)
-            y = None if y[0] is None else torch.tensor(y)
-            dataset = (torch.stack([to_uint8(image, size) for image in x]), y)
-    require(len(dataset) in (2, 4, 5), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
-    given = Images(*dataset)
-    has_test = given.test_images is not None
-    test = check_split(*given[2:4], size) if has_test else (None, None)
-    return Images(*check_split(*given[:2], size), *test, given.name)
+        return (dataset, None), (None, None)
+    require(len(dataset) in (2, 4), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
+    if len(dataset) == 4 or are_labels(dataset[1]):
+        return dataset[:2], dataset[2:] or (None, None)
+    return as_pair(dataset[0]), as_pair(dataset[1])
+
+
+def as_pair(images, labels=None):
+    return images if isinstance(images, tuple) and len(images) == 2 else (images, labels)
+
+
+def has_labels(pair):
+    """Return whether the first label is known."""
+    images, labels = pair
+    if labels is None and isinstance(images, (np.ndarray, torch.Tensor)):
+        return False
+    first = split_item(images[0])[1] if labels is None else next(iter(labels))
+    return plain_label(first) is not None
+
+
+def are_labels(values):
+    """Return whether the second part of a tuple is labels, and not a dataset."""
+    if not hasattr(values, "__getitem__"):
+        return values is None
+    first = next(iter(values), ())
+    if isinstance(first, str):
+        return Path(first).suffix.lower() not in IMAGE_SUFFIXES
+    if first is None or isinstance(first, (int, float)):
+        return True
+    one = isinstance(first, list) and len(first) == 1
+    return not isinstance(values, tuple) and (one or getattr(first, "ndim", 2) < 2)
+
+
+def read_split(images, labels, size, levels=None):
+    """Return images uint8 (N,3,H,W), a list of labels, and levels (see stack_images)."""
+    is_column = getattr(images, "ndim", 0) == 1 and not torch.is_tensor(images)
+    images = images.tolist() if is_column else images  # of pandas, whose [0] need not be the first
+    with input_errors("the dataset", "is not a sequence of images or (image, label)"):
+        count, _ = len(images), images[0]
+    if labels is not None:
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels
+        labels = [*map(plain_label, labels)]
+        require(len(labels) == count, f"there are {count} images, but {len(labels)} labels")
+    if not isinstance(images, (np.ndarray, torch.Tensor)):
+        return stack_images(read_items(images, labels, size), count, levels)
+    x, shape, labels = images, tuple(images.shape), labels or [None] * count
+    single = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] < 5)
+    wanted = f"images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not {shape}"
+    require(len(shape) in (3, 4) and not single, wanted)
+    x = x[:, None] if len(shape) == 3 else x
+    if to_uint8(x[:1], size).shape == to_uint8(x[:1]).shape and x.dtype in (np.uint8, torch.uint8):
+        return to_uint8(x), labels, levels  # a view: it may be memory-mapped
+    parts = (slice(i, i + 256) for i in range(0, count, 256))
+    return stack_images(((to_uint8(x[i], size), labels[i]) for i in parts), count, levels)
+
+
+def read_items(dataset, labels, size):
+    """Yield image and label of each item; of files, leave out and report the unreadable ones."""
+    are_files, left_out = isinstance(dataset[0], (str, Path)), {}
+
+    def read(i):
+        try:
+            image, label = split_item(dataset[i])
+            return read_image(image, size), labels[i] if labels else plain_label(label)
+        except Exception as error:  # Pillow raises many kinds
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            require(are_files, f"item {i} of the dataset: {reason}")
+            return None, re.sub(r" ?(\(.*?\)|'.*'|\d+)", "", reason)
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(dataset), 1024):  # the images of all at once would need memory
+            numbers = range(start, min(start + 1024, len(dataset)))
+            results = pool.map(read, numbers) if are_files else map(read, numbers)
+            for i, (image, label) in zip(numbers, results, strict=True):
+                if image is None:
+                    left_out.setdefault(label, []).append("/".join(Path(dataset[i]).parts[-2:]))
+                else:
+                    yield image, [label]
+    text = "; ".join(f"{len(n)} {reason} ({', '.join(n[:3])})" for reason, n in left_out.items())
+    count = sum(map(len, left_out.values()))
+    require(count < len(dataset), f"no readable image: {text}")
+    if count and rank() == 0:
+        print(f"WARNING: {count} files are left out: {text}", file=sys.stderr)
+
+
+def split_item(item):
+    """Return image and label of (image,), (image, label), or a row as Hugging Face has it."""
+    if not isinstance(item, Mapping):
+        return (*item, None)[:2] if isinstance(item, tuple) else (item, None)
+    images = [key for key in item if key in ("image", "img")]
+    labels = [key for key in item if key == "label"] or [key for key in item if "label" in key]
+    wanted = f"of {', '.join(item)}, one must be image or img, and at most one a label"
+    require(len(images) == 1 and len(labels) < 2, wanted)
+    return item[images[0]], item[labels[0]] if labels else None
+
+
+def read_image(image, size=None):
+    """Return to_uint8 of one image or file; of more than 8 bits, floats (1,H,W) as they are."""
+    if isinstance(image, (str, Path)):
+        formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start a program
+        with Image.open(image, formats=formats) as file:
+            if size:  # decode a large JPEG at a half, a quarter or an eighth of its size
+                file.draft(None, (2 * size, 2 * size))
+            return read_image(file, size)
+    if not isinstance(image, Image.Image) or image.mode[0] not in "IF":
+        x = to_uint8(image, size)
+        require(x.ndim == 3, f"{tuple(x.shape)} is not one image; images and labels are a tuple")
+        return x
+    x = torch.from_numpy(np.array(ImageOps.exif_transpose(image), np.float32)).unsqueeze(0)
+    require(x.isfinite().any(), "no pixel is a number")
+    low, high = x[x.isfinite()].aminmax()
+    return resize_square(x.nan_to_num(low.item(), high.item(), low.item()), size)
+
+
+def to_uint8(image, size=None):
+    """Return an image or a batch as uint8 (...,3,H,W), resized and center-cropped to size.
+
+    PIL's, or an array or tensor: (H,W), (...,3,H,W), (...,H,W,3), or with one channel; uint8 or
+    floats in 0..1.
+    """
+    if isinstance(image, Image.Image):
+        require(image.mode[0] not in "IF", f"mode {image.mode} has over 8 bits; use RGB")
+        image = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+    with input_errors("images", "must be PIL's, or arrays or tensors of uint8 or floats in 0..1"):
+        if not torch.is_tensor(image):  # a copy, where torch would warn; not of a mapped file
+            image = image if isinstance(image, np.memmap) else np.require(image, None, "CW")
+            image = torch.from_numpy(image)
+    x = image.unsqueeze(0) if image.ndim == 2 else image
+    if x.ndim > 2 and x.shape[-3] not in (1, 3) and x.shape[-1] in (1, 3):
+        x = x.movedim(-1, -3)
+    fits = x.ndim in (3, 4) and x.shape[-3] in (1, 3) and x.numel()
+    wanted = "images must be (H,W), (3,H,W) or (H,W,3), or batches (N,3,H,W) or (N,H,W,3)"
+    require(fits, f"{wanted}, not {tuple(x.shape)}")
+    if x.is_floating_point():
+        low, high = x.aminmax()
+        require(low >= 0 and high <= 1, f"floats must be in 0..1, not {low:.4g}..{high:.4g}")
+        x = (x * 255).round().to(torch.uint8)
+    require(x.dtype == torch.uint8, f"images must be uint8 or floats in 0..1, not {x.dtype}")
+    return resize_square(x.expand(*x.shape[:-3], 3, -1, -1), size)
+
+
+def resize_square(x, size):
+    if size is None or x.shape[-2:] == (size, size):
+        return x
+    square = TF.center_crop(x, min(x.shape[-2:]))
+    return TF.resize(square, [size, size], TF.InterpolationMode.BICUBIC)
+
+
+def stack_images(parts, count, levels=None):
+    """Return the images of parts, uint8 (n,3,H,W), n <= count, their labels, and levels.
+
+    parts: images and list of labels, uint8 (b,3,H,W) or one (3,H,W); or, of more than 8 bits,
+    floats (1,H,W), of which levels become 0 and 255: 0.1 % of all values are below and above.
+    """
+    images, all_labels, floats, n = None, [], {}, 0
+    for x, labels in tqdm(parts, "reading", disable=True if rank() else None, leave=False):
+        x = x if x.ndim == 4 else x.unsqueeze(0)
+        if images is None:
+            images = torch.empty(count, 3, *x.shape[2:], dtype=torch.uint8)
+        shapes = [tuple(t.shape[2:]) for t in (images, x)]
+        require(
+            shapes[0] == shapes[1], f"images have {shapes[0]} and {shapes[1]} pixels: give a size"
+        )
+        if x.is_floating_point():
+            floats[n] = x[0]
+        else:
+            images[n : n + len(x)] = x
+        n += len(x)
+        all_labels += labels
+    if floats:
+        step = math.ceil(sum(x.numel() for x in floats.values()) / 1e7) | 1  # odd: of all columns
+        values = torch.cat([x.flatten()[::step] for x in floats.values()]).numpy()
+        low, high = levels = levels or np.quantile(values, (0.001, 0.999)).tolist()
+        for i, x in floats.items():
+            images[i] = ((x - low) / max(high - low, 1e-9) * 255).round().clamp(0, 255)
+    return images[:n], all_labels, levels
+
+
+def plain_label(label):
+    """Return a label as an integer from 0 on, a string, or None for an unknown one."""
+    label = label.tolist() if hasattr(label, "tolist") else label
+    label = label[0] if isinstance(label, list) and len(label) == 1 else label  # MedMNIST
+    label = int(label) if isinstance(label, float) and label.is_integer() else label
+    known = isinstance(label, str) or (isinstance(label, int) and label >= 0)
+    wanted = "an integer from 0 on, a string, or -1 for unknown; images alone will do"
+    require(
+        known or label in (None, -1) or label != label, f"label {str(label)[:40]} must be {wanted}"
+    )
+    return label if known else None
+
+
+def number_labels(labels, test_labels):
+    """Return labels as tensors from 0 on, or None; what prevents an evaluation, or ""; classes."""
+    parts, known = (labels, test_labels), {*labels} - {None}
+    folded = {label.casefold() if isinstance(label, str) else label for label in known}
+    if len(folded) == len(known):  # upper and lower case are one, unless both are in training
+        parts = [[i.casefold() if isinstance(i, str) else i for i in part] for part in parts]
+        known = folded
+    classes = sorted(known, key=lambda label: (isinstance(label, str), label))
+    others = sorted(map(str, {*parts[1]} - {None, *classes}))
+    number = {label: i for i, label in enumerate(classes)}
+    y, y_test = (torch.tensor([number.get(label, -1) for label in part]) for part in parts)
+    if len(classes) < 2:
+        y, obstacle = None, "no training labels"
+        obstacle = f"all training labels are {classes[0]}" if classes else obstacle
+    elif not {*test_labels} - {None}:
+        obstacle = "no labeled test images; VALIDATION_IMAGES can hold some out of training"
+    else:
+        names = ", ".join(others[:3])
+        obstacle = f"test labels {names} are not among the {len(classes)} of training"
+        obstacle = obstacle if others else ""
+    return y, None if obstacle else y_test, obstacle, tuple(classes)
 
 
 def is_inside(label, x, y):
@@ -1227,51 +1468,114 @@ def load_cifar(name, root):
     return Images(x, y, x_test, y_test, name)
 
 
-def load_npz(path):
-    """Return a NumPy archive's x_... uint8 (N,H,W,3) and y_... integers (N,)."""
-    keys = ("x_train", "y_train", "x_test", "y_test")
-    with input_errors(path, f"is not a .npz with {', '.join(keys)}"):
-        with np.load(path, allow_pickle=False) as archive:
-            x, y, x_test, y_test = (torch.from_numpy(archive[key]) for key in keys)
-        x, x_test = (to_uint8(x.permute(0, 3, 1, 2)) for x in (x, x_test))
-    return Images(x, y, x_test, y_test, Path(path).name)
+def load_arrays(path):
+    """Return the arrays of a .npz, or of a .npy, memory-mapped, and those that belong to it."""
+    path = Path(path)
+    with input_errors(path, "is not a .npz or .npy of numbers"):
+        if path.suffix.lower() == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                return dict(archive)
+        names = {name for pair in TRAIN + TEST for name in pair}
+        files = [f for f in path.parent.glob("*.[nN][pP][yY]") if f.stem.casefold() in names]
+        files = files if path.stem.casefold() in {name for name, _ in TRAIN} else []
+        return {f.stem: np.load(f, mmap_mode="c") for f in files} or {"x_train": np.load(path, "c")}
 
 
-def load_folder(path, size):
-    """Return the images of train/<class>/ and test/<class>/, or of any folder, unlabeled."""
-    formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start a program
-    root, left_out, parts = Path(path).resolve(), [], []
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
+TEXT_SUFFIXES = ".csv .tsv .json .txt .md .xml .yaml .html .py .mat .pdf .zip".split()
 
-    def read(file):
-        try:
-            with Image.open(file, formats=formats) as image:
-                return to_uint8(image, size)
-        except Exception as error:  # Pillow raises many kinds
-            left_out.append(f"{file} ({error})")
 
-    has_splits = (root / "train").is_dir()
-    splits = [d for d in (root / "train", root / "test") if has_splits and d.is_dir()]
-    names = sorted({d.name for split in splits for d in split.iterdir() if d.is_dir()})
-    for folder in splits or [root]:
-        samples = make_dataset("", {str(folder): 0}, (*IMG_EXTENSIONS, ".gif"), allow_empty=True)
-        files = [Path(file).relative_to(folder) for file, _ in samples]
-        files = [file for file in files if not any(part[0] == "." for part in file.parts)]
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(read, [folder / file for file in files]))
-        kept = [i for i, image in enumerate(images) if image is not None]
-        reason = left_out[0] if left_out else "give images or train/<class>/ folders"
-        require(kept, f"no readable image in {folder}: {reason}")
-        loose = not splits or any(len(files[i].parts) == 1 for i in kept)
-        labels = None if loose else torch.tensor([names.index(files[i].parts[0]) for i in kept])
-        parts += [torch.stack([images[i] for i in kept]), labels]
-    if left_out:
-        examples = "; ".join(sorted(left_out)[:3])
-        print(f"WARNING: {len(left_out)} files are left out: {examples}", file=sys.stderr)
-    return Images(*parts)._replace(name=root.name)
+def find_files(root):
+    """Yield all files below root, sorted, without hidden ones; follow links that lead out of it."""
+    seen = {root}
+    for folder, names, files in os.walk(root, onerror=print, followlinks=True):
+        places = {name: Path(folder, name).resolve() for name in sorted(names) if name[0] != "."}
+        names.clear()  # os.walk goes on with what is in it
+        for name, place in places.items():
+            inside = root in place.parents or place in root.parents
+            if place not in seen and not (inside and Path(folder, name).is_symlink()):
+                seen.add(place)
+                names.append(name)
+        yield from (Path(folder, name) for name in sorted(files) if name[0] != ".")
+
+
+def load_folder(path):
+    """Return paths and labels, of train/<class>/ and test/<class>/, or of <class>/.
+
+    Two folders are splits if their names differ in train(ing) and test, val or the like alone.
+    """
+    root = Path(path).resolve()
+    files = [*find_files(root)]
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    kinds = [file.suffix.lower() or file.name for file in files]
+    kinds = Counter(kind for kind in kinds if kind not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES))
+    others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    is_cifar = {"data_batch_1", "meta"} & {*kinds}  # of 10 or 100 classes
+    hint = "; for CIFAR use --dataset cifar10 (or 100) --data-path" if is_cifar else ""
+    require(images, f"no readable image in {path}, but {others or 'no files'}{hint}")
+
+    def split(folder):
+        n = len(folder.parts)
+        below = [file for file in images if file.parts[:n] == folder.parts]
+        return below, folder_labels(folder, below)
+
+    def lacks_labels(pair):
+        labels, test_labels = ({str(i).casefold() for i in part[1] if i} for part in pair)
+        return not test_labels or not test_labels <= labels
+
+    pairs = ([split(train), split(test)] for train, test in find_split_folders(images))
+    root = Path(os.path.commonpath([file.parent for file in images]))
+    deeper = [file.parent for file in images if file.parent != root] or [root]
+    alone = images, folder_labels(Path(os.path.commonpath(deeper)), images)
+    splits = min(pairs, key=lacks_labels, default=[alone])
+    unused = sorted({*images}.difference(*[below for below, _ in splits]))
+    loose = [file for part in splits for file, label in zip(*part, strict=True) if label is None]
+    for text, some in ("used", unused), ("in a class folder", loose):
+        if 0 < len(some) < len(images):
+            print(f"not {text}: {len(some):,} images, such as {some[0]}", flush=True)
+    if others:
+        print(f"no images: {others}", flush=True)
+    return dict(zip(("x_train", "y_train", "x_test", "y_test"), sum(splits, ()), strict=False))
+
+
+def find_split_folders(files):
+    """Return pairs of folders with training and test images, which are in one folder."""
+    folders = {f for parent in {file.parent for file in files} for f in (parent, *parent.parents)}
+    word = r"(?<![a-z])({})(?=set|image|data|[^a-z]|$)"  # not in other words
+    train = word.format("train(ing|val)?")
+    trains = {(f.parent, re.sub(train, "*", f.name.lower())): f for f in sorted(folders)}
+    pairs = []
+    for name in ("test(ing|s|1)?", "val(id(ation)?)?|eval(uation)?|dev"):
+        for test in sorted(folders):
+            key = test.parent, re.sub(word.format(name), "*", test.name.lower())
+            if "*" in key[1] and key in trains:
+                pairs.append((trains[key], test))
+    least = min((len(test.parts) for _, test in pairs), default=0)
+    pairs = [pair for pair in pairs if len(pair[1].parts) == least]
+    names = sorted({"/".join(test.parts[-2:]) for _, test in pairs})
+    several = len({test.parent for _, test in pairs}) > 1
+    require(not several, f"several splits: {', '.join(names[:4])}; give a folder with one of them")
+    return pairs
+
+
+def folder_labels(split, files):
+    """Return the class of each file, or None: its folder, or what tiny-imagenet's table says."""
+    table = split / "val_annotations.txt"
+    if table.is_file():
+        rows = [line.split() for line in table.read_text(errors="replace").splitlines()]
+        rows = {row[0]: row[1] for row in rows if len(row) > 1}
+        return [rows.get(file.name) for file in files]
+    n = len(split.parts)
+    parts = [file.parts[n:] if file.parts[:n] == split.parts else ("",) for file in files]
+    for _ in range(2):  # images/<class>/ and the split's name twice
+        names = {part[0] for part in parts if len(part) > 1}
+        if names and names <= {split.name, "images"}:
+            parts = [part[1:] if len(part) > 1 else part for part in parts]
+    return [part[0] if len(part) > 1 else None for part in parts]
 
 
 def load_images(config):
-    """Return the Images that config.DATASET names."""
+    """Return the dataset (see as_images) that config.DATASET names."""
     name, size = config.DATASET, config.IMAGE_SIZE
     if name in ("cifar10", "cifar100"):
         return load_cifar(name, config.DATA_PATH)
@@ -1289,19 +1593,23 @@ def load_images(config):
             count = min(count, config.TRAIN_IMAGES)
         return Images(*make_shapes(count, size, seed=0), *make_shapes(2048, size, seed=1), name)
     if Path(name).is_dir():
-        return load_folder(name, size)
-    known = "a folder, a .npz file, auto, cifar10, cifar100 or shapes"
-    require(Path(name).is_file() and name.endswith(".npz"), f"DATASET ({name!r}) must be {known}")
-    return load_npz(name)
+        return load_folder(name)
+    known = "a folder, a .npz or .npy file, auto, cifar10, cifar100 or shapes"
+    is_file = Path(name).is_file() and name.lower().endswith((".npz", ".npy"))
+    require(is_file, f"DATASET ({name!r}) must be {known}")
+    return load_arrays(name)
 
 
 def prepare_images(config, dataset=None):
     """Return dataset, or DATASET, at IMAGE_SIZE on DEVICE; choose TRAIN_ and VALIDATION_IMAGES."""
-    c = config
+    c, name = config, "the dataset"
     if dataset is None:
         print(f"loading {c.DATASET[-60:]} ...", flush=True)
-        dataset = load_images(c)
-    images = as_images(dataset, c.IMAGE_SIZE)
+        dataset, name = load_images(c), f"DATASET ({c.DATASET!r})"
+    with input_errors(name, "cannot be used"):
+        images = as_images(dataset, c.IMAGE_SIZE)
+    if isinstance(dataset, dict) and name != "the dataset":
+        images = images._replace(name=Path(c.DATASET).resolve().name)
     total, n = len(images.train_images), images_per_step(c)
     rest = total - c.VALIDATION_IMAGES
     require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images")
@@ -1310,16 +1618,43 @@ def prepare_images(config, dataset=None):
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
         parts = order[:count].sort().values, order[rest:].sort().values
         train, held_out = ([t if t is None else t[i] for t in images[:2]] for i in parts)
-        images = Images(*train, *(held_out if c.VALIDATION_IMAGES else images[2:4]), images.name)
+        test = held_out if c.VALIDATION_IMAGES else images[2:4]
+        images = Images(*train, *test, *images[4:])
+        if images.train_labels is not None and images.test_labels is not None:
+            y, y_test = ({*labels.tolist()} - {-1} for labels in images[1:4:2])
+            if len(y) < 2 or not y & y_test:
+                obstacle = "training and test images have too few classes in common"
+                images = images._replace(test_labels=None, obstacle=obstacle)
     most, least = max_over_processes(count, -count)
     require(most == -least, f"processes have {-least:.0f} to {most:.0f} training images")
     needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
     require(n <= count, f"BATCH_SIZE ({c.BATCH_SIZE}) {needs}; lower it")
-    return Images(*[t.to(c.DEVICE) if isinstance(t, torch.Tensor) else t for t in images])
+    x, y, x_test, *_ = images
+    names = ", ".join(map(str, images.classes[:3])) + ", ..." * (len(images.classes) > 3)
+    classes = "" if y is None else f" of {len(images.classes)} classes ({names})"
+    tests = 0 if x_test is None else len(x_test)
+    print(f"train {count:,} images{classes}, test {tests:,}", flush=True)
+    # On the device, unless they would fill a GPU's memory: then batches are copied
+    device, size = torch.device(c.DEVICE), x.numel() + (0 if x_test is None else x_test.numel())
+    large = device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2
+    if large:
+        print(f"{size / 2**30:.1f} GiB of images stay in the host's memory", flush=True)
+    return Images(
+        *(t.to(device) if torch.is_tensor(t) and (t.ndim == 1 or not large) else t for t in images)
+    )
+
+
+def describe_images(images):
+    """Return the training images' name, count and, for 64 of them, means of the pixels."""
+    x = images.train_images
+    places = torch.linspace(0, len(x) - 1, 64, dtype=torch.double).long()
+    sample = x[places].float().mean((1, 2, 3))
+    return {"name": images.name, "count": len(x), "means": sample.tolist()}
 
 
 def channel_mean_std(images):
     """Return the channels' mean and standard deviation, in 0..1, of uint8 images (N,3,H,W)."""
+    images = images[:: math.ceil(images.numel() / 2**28)]  # of very many, some
     channels = images.transpose(0, 1).flatten(1)
     counts = torch.stack([torch.bincount(c.int(), minlength=256).cpu() for c in channels]).double()
     level = torch.arange(256, dtype=torch.double) / 255  # counts (3,256) are small and exact
@@ -1509,6 +1844,15 @@ def write_file(path, data):
         temporary.replace(path)
 
 
+def require_room(model):
+    """Raise InputError where OUTPUT_DIR has no room for a checkpoint and the next one."""
+    size = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # two, with AdamW's
+    folder = model.config.OUTPUT_DIR
+    free = shutil.disk_usage(folder).free
+    text = f"OUTPUT_DIR ({folder}) has {free / 1e6:,.0f} MB left, saving takes {size / 1e6:,.0f}"
+    require(free > size, f"{text}; make room")
+
+
 def save_checkpoint(path, model, optimizer, epoch, step, **run_state):
     """Save all that is needed to resume; run_state: plain values, of MetricLogger."""
     states = {f"{name}_state_dict": getattr(model, name).state_dict() for name in STATES}
@@ -1522,8 +1866,22 @@ def save_checkpoint(path, model, optimizer, epoch, step, **run_state):
 def read_checkpoint(path):
     """Return a checkpoint's dict, on the CPU; nothing in the file is executed."""
     with input_errors(path, "is not a checkpoint of this program"):
-        states = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            states = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception:  # of many kinds
+            raise InputError("it is cut, or holds other Python objects than weights") from None
+        names = [*map(str, states)] if isinstance(states, dict) else [type(states).__name__]
+        kind = f"it holds {', '.join(names[:3])}; wanted are config and teacher_state_dict"
+        if any(name.endswith("cls_token") for name in names):
+            kind = "it holds weights for timm's or Meta's models"
+        require({"config", "teacher_state_dict"} <= {*names}, kind)
         states["config"] = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict()
+        for key in states.keys() & {f"{name}_state_dict" for name in STATES}:
+            # Names of DistributedDataParallel and torch.compile
+            strip = lambda name: name.replace("_orig_mod.", "").removeprefix("module.")  # noqa: E731
+            states[key] = {strip(name): tensor for name, tensor in states[key].items()}
         return states
 
 
@@ -1540,7 +1898,10 @@ def load_checkpoint(path, model, optimizer=None):
 
 
 def load_backbone(path, device="cpu"):
-    """Return a checkpoint's teacher, a VisionTransformer in eval mode on device."""
+    """Return a checkpoint's teacher, a VisionTransformer in eval mode on device.
+
+    Of the file, config and teacher_state_dict are enough.
+    """
     states = read_checkpoint(path)
     backbone = build_backbone(Config(**states["config"]))
     with input_errors(path, "does not fit its own config"):
@@ -1596,7 +1957,7 @@ def save_run(model, optimizer, logger):
     if rank() == 0:
         logger.write_metrics()
         paths = [Path(c.OUTPUT_DIR, f"dinov2_{name}.pth") for name in [*names, "last"]]
-        names_of_state = ("data_name", "steps_per_epoch", "history", "epoch_rows")
+        names_of_state = ("data", "steps_per_epoch", "history", "epoch_rows")
         state = {name: getattr(logger, name) for name in names_of_state}
         save_checkpoint(paths[0], model, optimizer, epoch, logger.step, **state)
         for path in paths[1:]:  # the last one comes last: where it is, the others are
@@ -1613,8 +1974,8 @@ REMEDY = "set PRECISION fp32 or lower LEARNING_RATE, and --resume from the last 
 class MetricLogger:
     """Collect metrics. Until flush they stay on the device, so that no step waits."""
 
-    def __init__(self, config, data_name, steps_per_epoch):
-        self.config, self.data_name, self.steps_per_epoch = config, data_name, steps_per_epoch
+    def __init__(self, config, data, steps_per_epoch):
+        self.config, self.data, self.steps_per_epoch = config, data, steps_per_epoch
         self.total_steps = steps_per_epoch * config.TOTAL_EPOCHS
         self.stride = max(1, min(50, self.total_steps // 100))  # steps between flushes
         self.history, self.epoch_rows, self.pending = [], [], []  # of run, epoch, stride
@@ -1624,9 +1985,12 @@ class MetricLogger:
         """Resume a run; if images per step changed, after as many epochs."""
         c, self.checkpoint = self.config, Path(path)
         with input_errors(path, "cannot be resumed"):
-            require("epoch_rows" in states, "no run of this version has saved it")
-            data, per_epoch = states["data_name"], states["steps_per_epoch"]
-            require(data == self.data_name, f"it is of {data}, DATASET gives {self.data_name}")
+            require({"data", "epoch_rows"} <= states.keys(), "no run of this version has saved it")
+            data, per_epoch = states["data"], states["steps_per_epoch"]
+            names = [f"{d['count']:,} images of {d['name']}" for d in (data, self.data)]
+            change = max(abs(a - b) for a, b in zip(data["means"], self.data["means"], strict=True))
+            same = data["count"] == self.data["count"] and change < 1  # decoders differ by less
+            require(same, f"it has learned from {names[0]}; these are other images: {names[1]}")
             self.history, self.epoch_rows = states["history"], states["epoch_rows"]
             for record in (states, *self.history):
                 if "step" in record:
@@ -1733,7 +2097,7 @@ def measure_baseline(model, images, mean, std):
     print("measuring raw pixels and the untrained network ...", flush=True)
     scores = evaluate(model, images, linear=True)
     if not scores:
-        print("no labeled training and test images: no evaluation", flush=True)
+        print(f"no evaluation: {images.obstacle}", flush=True)
         return {}
     pixels = raw_pixel_knn(images, mean, std)
     print(f"k-NN: raw pixels {pixels:.1%}, untrained network {scores['knn']:.1%}", flush=True)
@@ -1764,7 +2128,7 @@ def plot_figures(model, images, transform, history):
     c, backbone, folder = model.config, model.teacher, Path(model.config.OUTPUT_DIR, "figures")
     folder.mkdir(exist_ok=True)
     x = images.train_images if images.test_images is None else images.test_images
-    x = x[torch.linspace(0, len(x) - 1, 8).long()]  # (8,3,H,W), evenly spaced
+    x = x[torch.linspace(0, len(x) - 1, 8, dtype=torch.double).long()]  # (8,3,H,W)
 
     # Global crops with masked patches in gray, and local crops
     views = [(view * transform.std + transform.mean).cpu() for view in transform(x)]

@@ -25,7 +25,7 @@ STATES = {f"{name}_state_dict" for name in MODULES.split()}
 def train(folder, name="shapes", **changes):
     """Train for two epochs of eight steps on 64 images without labels."""
     settings = {"TOTAL_EPOCHS": 2, "DROP_PATH": 0.2, "DROPOUT": 0.1, "OUTPUT_DIR": str(folder)}
-    images = dinov2.Images(make_shapes(64, 32, seed=0)[0], name=name)
+    images = dinov2.Images(make_shapes(64, 32, seed=name == "others")[0], name=name)
     return train_dinov2(Config(**{**SMALL, **settings, **changes}), images)
 
 
@@ -89,7 +89,7 @@ def finished(whole, tmp_path):
 
 def test_checkpoint_has_the_promised_keys_and_plain_values(whole):
     states = torch.load(whole / LAST, weights_only=True)
-    run = {"epoch", "step", "config", "data_name", "steps_per_epoch", "history", "epoch_rows"}
+    run = {"epoch", "step", "config", "data", "steps_per_epoch", "history", "epoch_rows"}
     assert states.keys() == STATES | run and (states["epoch"], states["step"]) == (2, 16)
     assert states["config"] == Config(**states["config"]).to_dict()
 
@@ -99,6 +99,55 @@ def test_load_backbone_gives_the_features_of_the_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(Config, "MODEL_SIZE", "base")  # the checkpoint's own settings count
     backbone, expected = dinov2.load_backbone(tmp_path / LAST), dinov2.extract_features(model, x)
     assert not backbone.training and torch.equal(dinov2.extract_features(backbone, x), expected)
+
+
+def test_load_backbone_needs_config_and_teacher_alone_with_names_of_wrappers(whole, tmp_path):
+    states, x = read_checkpoint(whole / LAST), make_shapes(8, 32)[0]
+    expected = dinov2.extract_features(dinov2.load_backbone(whole / LAST), x)
+    for before, within in ("module.", ""), ("_orig_mod.", ""), ("module._orig_mod.", "_orig_mod."):
+        teacher = {
+            before + name.replace("norm1.", f"norm1.{within}"): tensor
+            for name, tensor in states["teacher_state_dict"].items()
+        }
+        content = {"config": states["config"], "teacher_state_dict": teacher}
+        torch.save(content, tmp_path / "x.pth")
+        backbone = dinov2.load_backbone(tmp_path / "x.pth")
+        assert torch.equal(dinov2.extract_features(backbone, x), expected)
+
+
+@pytest.mark.parametrize("kind", ["timm's or Meta's", "other Python objects", "model, epoch"])
+def test_files_of_other_programs_are_named(kind, whole, tmp_path):
+    backbone, path = dinov2.load_backbone(whole / LAST), tmp_path / "x.pth"
+    contents = {"timm's or Meta's": backbone.state_dict(), "other Python objects": backbone}
+    torch.save(contents.get(kind, {"model": {}, "epoch": 3}), path)
+    with pytest.raises(InputError, match=f"x.pth is not a checkpoint of this program.*{kind}"):
+        dinov2.load_backbone(path)
+
+
+def test_output_dir_without_room_is_found_out_before_the_first_step(tmp_path, monkeypatch):
+    model = train(tmp_path / "run", TOTAL_EPOCHS=1)
+    sizes = [2 * (tmp_path / "run" / LAST).stat().st_size]
+    sizes += [sum(4 * p.numel() * p.element_size() for p in model.parameters())]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.2)
+    usage = lambda folder: shutil._ntuple_diskusage(10**9, 0, room)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(dinov2, "train_step", crash)
+    room = sizes[1] - 1
+    with pytest.raises(InputError, match="OUTPUT_DIR.*saving takes.*make room"):
+        train(tmp_path / "run")
+    room = sizes[1] + 1
+    with pytest.raises(ArithmeticError):
+        train(tmp_path / "run")
+
+
+def test_run_resumes_with_the_same_images_alone_whatever_their_name(finished, monkeypatch):
+    train(finished, name="renamed", RESUME="newest")
+    for change in (lambda x: x[:-1], lambda x: x.flip(0), lambda x: x + 2):
+        others = dinov2.Images(change(make_shapes(64, 32, seed=0)[0]), name="shapes")
+        with pytest.raises(InputError, match="it has learned from 64 images of shapes"):
+            train_dinov2(
+                Config(**{**SMALL, "OUTPUT_DIR": str(finished), "RESUME": "newest"}), others
+            )
 
 
 def refused(path, content):
@@ -134,7 +183,7 @@ def test_payload_in_a_checkpoint_does_not_run(whole, tmp_path):
     payload = type("", (), {"__reduce__": lambda self: (Path.touch, (victim,))})()
     pickle.loads(pickle.dumps(payload))  # it works where a pickle is trusted
     victim.unlink()
-    states = {**read_checkpoint(whole / LAST), "data_name": payload}
+    states = {**read_checkpoint(whole / LAST), "data": payload}
     for content in (states, payload, pickle.dumps(payload, protocol=2)):
         assert refused(tmp_path / "x.pth", content) and not victim.exists()
 
@@ -205,7 +254,7 @@ def test_other_images_per_step_continue_at_the_same_fraction(cut, step, tmp_path
     "words, changes",
     [
         (f"{LAST}.*fit", {"REGISTER_TOKENS": 1}),
-        (f"{LAST}.*shapes.*others", {"name": "others"}),
+        (f"{LAST}.*64 images of shapes.*64 images of others", {"name": "others"}),
         ("TOTAL_EPOCHS", {"TOTAL_EPOCHS": 1, "RESUME": "dinov2_epoch_1.pth"}),
         ("nowhere.pth", {"RESUME": "nowhere.pth"}),
         ("partial.pth", {"RESUME": "partial.pth"}),

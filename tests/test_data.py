@@ -1,5 +1,6 @@
 """Data: built-in shapes, archives, folders, CIFAR with and without network, datasets in memory."""
 
+import re
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, close, read_records
+from conftest import SMALL, close, no_cuda, read_records
 from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision import transforms as T
@@ -38,7 +39,7 @@ def save(folder, images):
 def check(images, x, y=None, x_test=None, y_test=None, name=None):
     for actual, expected in zip(images, (x, y, x_test, y_test), strict=False):
         assert actual is expected is None or torch.equal(actual.cpu(), expected)
-    assert name in (None, images[-1])
+    assert name is None or images.name == name
 
 
 def expect_error(*words, dataset=None, **settings):
@@ -48,14 +49,14 @@ def expect_error(*words, dataset=None, **settings):
 
 
 def test_make_shapes_is_balanced_shuffled_and_seeded():
-    train, y, test, y_test, name = prepare(IMAGE_SIZE=16, TRAIN_IMAGES=2500)
+    train, y, test, y_test, name, *_ = prepare(IMAGE_SIZE=16, TRAIN_IMAGES=2500)
     assert train.shape == (2500, 3, 16, 16) and test.shape == (2048, 3, 16, 16) and name == "shapes"
     assert (y.bincount() - 250).abs().max() < 2 and (y_test.bincount() - 204.8).abs().max() < 1
     assert len(torch.cat([train, test]).unique(dim=0)) == 4548 and len(y[:100].unique()) == 10
     check(make_shapes(2500, 16, masks=True)[:2], train, y)  # drawn in two parts
     assert not torch.equal(*make_shapes(4096, 8)[0].split(2048))
     assert len(prepare(IMAGE_SIZE=8, TRAIN_IMAGES=10**9)[0]) == 19456
-    x, y, held_out, _, _ = prepare(IMAGE_SIZE=8, TRAIN_IMAGES=50, VALIDATION_IMAGES=30)
+    x, y, held_out, *_ = prepare(IMAGE_SIZE=8, TRAIN_IMAGES=50, VALIDATION_IMAGES=30)
     assert len(x) == len(y) == 50 and len(held_out) == 30
     assert torch.equal(prepare(IMAGE_SIZE=8, VALIDATION_IMAGES=30)[2], held_out)
     expect_error("IMAGE_SIZE (72)", "64", IMAGE_SIZE=72)
@@ -93,21 +94,27 @@ def test_npz_is_loaded_or_refused(tmp_path):
     path, x = tmp_path / "a.npz", arrays(noise(6))
     resized = as_images(noise(4, 50, 40), 32).train_images
     check(prepare(DATASET=npz(path)), noise(6), torch.arange(6), resized, torch.arange(4), "a.npz")
-    for bad in (None, x / 255, noise(6).numpy(), x[..., 0], np.array([{}] * 6, object)):
-        expect_error("a.npz", "x_train", DATASET=npz(path, x_train=bad))
-    for bad in (np.arange(5), np.arange(6) - 1, np.arange(6.0), np.arange(6)[:, None]):
-        expect_error("labels", "6 integers", DATASET=npz(path, y_train=bad))
+    for bad in (None, x * 2.0, x.astype(int), x[0], np.array([{}] * 6, object)):
+        expect_error("a.npz", DATASET=npz(path, x_train=bad))
+    for bad, value in (
+        (np.arange(5), "5 labels"),
+        (np.arange(6) - 5, "-5"),
+        (np.arange(6.0) + 0.5, "0.5"),
+    ):
+        expect_error("a.npz", value, DATASET=npz(path, y_train=bad))
 
 
 def test_folder_of_classes_gives_labels(tmp_path):
     places = ["train/dog", "train/cat", "train/cat/deeper", "test/cat", "test/eel"]
     for level, place in enumerate(places):  # the gray level says what became of a file
         save(tmp_path / "pets" / place, torch.full((1, 3, 32, 32), level, dtype=torch.uint8))
-    x, y, x_test, y_test, _ = prepare(DATASET=str(tmp_path / "pets"))
-    levels, labels = torch.cat([x, x_test])[:, 0, 0, 0], torch.cat([y, y_test])
-    assert labels[levels.argsort()].tolist() == [1, 0, 0, 0, 2] and len(x) == 3
+    x, y, x_test, y_test, _, obstacle, _ = prepare(DATASET=str(tmp_path / "pets"))
+    assert y[x[:, 0, 0, 0].argsort()].tolist() == [1, 0, 0] and y_test is None and "eel" in obstacle
+    (tmp_path / "pets" / "test" / "eel").rename(tmp_path / "pets" / "test" / "DOG")
+    x, y, x_test, y_test, *_ = prepare(DATASET=str(tmp_path / "pets"))
+    assert y_test[x_test[:, 0, 0, 0].argsort()].tolist() == [0, 1]
     (tmp_path / "pets" / "test").rename(tmp_path / "elsewhere")
-    assert prepare(DATASET=str(tmp_path / "pets"))[2:] == (None, None, "pets")
+    assert prepare(DATASET=str(tmp_path / "pets"))[2:5] == (None, None, "pets")
 
 
 @pytest.mark.parametrize("where", ["", "train", "deep/er"])
@@ -120,20 +127,26 @@ def test_folder_of_loose_images_has_no_labels(tmp_path, where, capsys):
     assert not capsys.readouterr().err
 
 
-def test_folder_leaves_out_and_names_what_is_no_8_bit_image(tmp_path, capsys):
+def test_folder_follows_links_and_names_what_it_leaves_out(tmp_path, capsys):
     folder, other = tmp_path / "photos", tmp_path / "elsewhere"
     save(folder, noise(2))
     save(other / "class", noise(3))
     (folder / "linked").symlink_to(other)
     (folder / "linked.png").symlink_to(other / "class" / "2.png")
     (folder / "lost.png").symlink_to("nowhere.png")
+    (folder / "up").symlink_to(tmp_path)  # a circle
+    for name in ("a.jpg", "b.jpg", "c.JPG", "d.jpg"):
+        (folder / name).write_text("no image")
+    (folder / "notes.txt").write_text("no image")
+    Image.fromarray(np.full((32, 32), np.nan, np.float32)).save(folder / "nan.tif")
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:200])
-    for kind in (np.uint16, np.int32, np.float32):  # Pillow would clip them at 255
-        Image.fromarray(np.full((32, 32), 999, kind)).save(folder / f"{kind.__name__}.tif")
-    assert len(prepare(DATASET=str(folder)).train_images) == 2 + 3 + 1
+    assert len(prepare(DATASET=str(folder)).train_images) == 2 + 3 + 1  # each once
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("WARNING: 5 files are left out: ") and "0.png" not in line
-    assert "cut.png (" in line and "float32.tif (" in line and "8 bits" in line
+    assert line.startswith("WARNING: 7 files are left out: ") and "0.png" not in line
+    for reason in ("4 cannot identify image file (photos/a.jpg, ", "1 image file is truncated ("):
+        assert reason in line
+    assert "1 No such file or directory (photos/lost.png)" in line and "nan.tif)" in line
+    assert "d.jpg" not in line and "notes" not in line and str(tmp_path) not in line
 
 
 def test_folder_reads_every_format_mode_and_orientation(tmp_path):
@@ -204,14 +217,14 @@ def test_cifar_missing_is_refused_and_auto_falls_back(cifar, error, capsys, smal
     assert all(word in warning for word in words)
     (start,) = read_records(tmp_path / "out", "start")
     checkpoint = torch.load(tmp_path / "out" / "dinov2_last.pth", weights_only=True)
-    assert start["data"] == checkpoint["data_name"] == "shapes (no CIFAR-10)"
+    assert start["data"] == checkpoint["data"]["name"] == "shapes (no CIFAR-10)"
 
 
 def test_train_images_is_a_fixed_random_subset():
     images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 32, 32)
-    dataset = (images, torch.arange(40) * 2, images, torch.arange(40))
-    x, y, *test, _ = prepare(dataset, TRAIN_IMAGES=10)
-    assert len(y.unique()) == 10 and y.max() > 40 and torch.equal(x[:, 0, 0, 0] * 2, y)
+    dataset = (images, torch.arange(40), images, torch.arange(40))
+    x, y, *test = prepare(dataset, TRAIN_IMAGES=10)[:4]
+    assert len(y.unique()) == 10 and y.max() > 20 and torch.equal(x[:, 0, 0, 0], y)
     check((x, y, *test), *prepare(dataset, TRAIN_IMAGES=10, SEED=1)[:2], *dataset[2:])
     for n in (0, 40, 41):
         check(prepare(dataset, TRAIN_IMAGES=n, BATCH_SIZE=40), *dataset)
@@ -221,13 +234,14 @@ def test_train_images_is_a_fixed_random_subset():
 def test_validation_images_are_training_images_in_place_of_test_images():
     images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 32, 32)
     for test in (images + 100, torch.arange(40)), ():
-        dataset = (images, torch.arange(40) * 2, *test)
+        dataset = (images, torch.arange(40) // 10, *test)
         held_out = prepare(dataset, VALIDATION_IMAGES=12)[2]
         for n, left in (0, 28), (10, 10), (30, 28):
-            x, y, x_test, y_test, _ = prepare(dataset, VALIDATION_IMAGES=12, TRAIN_IMAGES=n, SEED=n)
+            settings = {"VALIDATION_IMAGES": 12, "TRAIN_IMAGES": n, "SEED": n}
+            x, y, x_test, y_test, *_ = prepare(dataset, **settings)
             assert len(x) == left and torch.equal(x_test, held_out)
             assert len(torch.cat([x, x_test])[:, 0, 0, 0].unique()) == left + 12
-            close(torch.cat([y, y_test]), 2 * torch.cat([x, x_test])[:, 0, 0, 0].long())
+            close(torch.cat([y, y_test]), torch.cat([x, x_test])[:, 0, 0, 0].long() // 10)
     expect_error(
         "VALIDATION_IMAGES (40)", "below the 40 images", dataset=dataset, VALIDATION_IMAGES=40
     )
@@ -256,26 +270,368 @@ def test_channel_mean_std_are_those_in_float64(device):
     assert min(dinov2_cifar.channel_mean_std(images.train_images[:1] * 0)[1]) > 0  # of one color
 
 
-def test_datasets_of_every_form_become_images(shapes):
-    x, y, *_ = shapes
-    for dataset in (x, list(x), [Image.fromarray(array) for array in arrays(x)]):
-        check(as_images(dataset), x)
-    for kind in (torch.uint8, torch.uint16, torch.uint64, torch.int8, torch.int64):
-        check(as_images((x, y.to(kind))), x, y)
-    check(as_images(shapes), *shapes)
-    check(as_images(dinov2_cifar.Images(x, name="mine")), x, name="mine")
-    fake = dinov2_cifar.datasets.FakeData(6, (3, 32, 32))  # torchvision's PIL images and labels
-    x = torch.stack([T.PILToTensor()(fake[i][0]) for i in range(6)])
-    check(as_images(fake), x, torch.tensor([fake[i][1] for i in range(6)]))
+X, Y = noise(6), torch.tensor([1, 0, 2, 1, 0, 2])
+GRAY = X[:, :1].expand(-1, 3, -1, -1)
+PIL = [Image.fromarray(array) for array in arrays(X)]
 
 
-def test_bad_dataset_is_refused_before_a_network_is_built(small, shapes, monkeypatch):
+class Rows(list):
+    """A dataset of rows or items, with a length and [i] alone."""
+
+
+class Series(list):
+    """Like a shuffled one of pandas: [i] is by a label and not by place."""
+
+    ndim, tolist = 1, lambda self: [*self]  # noqa: E731
+
+    def __getitem__(self, i):
+        return list.__getitem__(self, 5 - i)
+
+
+class Column(torch.utils.data.Dataset):
+    """Like one of Hugging Face, whose data sets have a shape, too."""
+
+    shape = (6, 2)
+
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return self.values[i].tolist() if self.values[i].ndim == 0 else self.values[i]
+
+
+FORMS = {  # which become X, or X and Y
+    "tensor": X,
+    "channels last": X.permute(0, 2, 3, 1),
+    "array": X.numpy(),
+    "floats": X / 255,
+    "float64 array, channels last": arrays(X) / 255,
+    "PIL": PIL,
+    "arrays of each": [*arrays(X)],
+    "floats of each": [x / 255 for x in X],
+    "TensorDataset": torch.utils.data.TensorDataset(X),
+    "labels": (X, Y),
+    "array of labels": (arrays(X), Y.numpy().astype(np.uint8)),
+    "labels (N,1)": (arrays(X), Y.numpy()[:, None]),
+    "list of labels": (PIL, Y.tolist()),
+    "object array": (np.array([*PIL, None], object)[:6], Y.float()),
+    "lists (N,1)": (PIL, Y[:, None].tolist()),
+    "capital letters": {"X_TRAIN": X, "Y_Train": Y},
+    "series": (Series(PIL), Series(Y.tolist())),
+    "column": (Column(X), Column(Y)),
+    "strings": (X, [["A", "b", "c"][y] for y in Y.tolist()]),
+    "numbers": (X, Y * 30_000 + 7),
+    "items": Rows(zip(PIL, Y.tolist(), strict=True)),
+    "items of tensors": torch.utils.data.TensorDataset(X, Y),
+    "subset": torch.utils.data.Subset([*zip(PIL, Y, strict=True), None], range(6)),
+    "rows": Rows({"img": x, "label": y} for x, y in zip(PIL, Y.tolist(), strict=True)),
+    "rows of CIFAR": Rows({"fine_label": y, "image": x} for x, y in zip(PIL, Y, strict=True)),
+    "mapping": {"x_train": arrays(X), "y_train": Y.numpy()},
+    "mapping of datasets": {"train": Rows(zip(PIL, Y, strict=True))},
+}
+
+
+UNLABELED = [*FORMS][: [*FORMS].index("labels")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_datasets_of_every_form_become_images(form):
+    dataset = FORMS[form]
+    labeled = form not in UNLABELED
+    images = as_images(dataset, 32)
+    check(images, X, Y if labeled else None)
+    check(as_images(dataset), X, Y if labeled else None)
+    if not isinstance(dataset, dict):  # as a pair of training and test
+        expected = (X, Y, X, Y) if labeled else (X, None, X, None)
+        check(as_images((dataset, dataset)), *expected)
+        check(as_images({"train": dataset, "validation": dataset}), *expected)
+
+
+def test_gray_images_get_three_equal_channels():
+    gray = X[:, 0]
+    for dataset in (gray, gray.numpy(), gray[:, None], gray[..., None].numpy(), [*gray.numpy()]):
+        check(as_images(dataset, 32), GRAY)
+    check(as_images({"train_images": gray.numpy(), "train_labels": Y[:, None].numpy()}), GRAY, Y)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_large_arrays_are_resized_in_parts_and_mapped_files_not_copied(tmp_path):
+    x = noise(600, 40, 36)
+    whole = dinov2_cifar.to_uint8(x, 16)
+    check(as_images(x, 16), whole)
+    check(as_images(arrays(x) / 255, 16), whole)
+    np.save(tmp_path / "x_train.npy", arrays(X))
+    np.save(tmp_path / "y_train.npy", Y)
+    np.save(tmp_path / "x_test.npy", arrays(X)[:3])
+    np.save(tmp_path / "y_test.npy", Y[:3])
+    found = prepare(DATASET=str(tmp_path / "x_train.npy"))
+    check(found, X, Y, X[:3], Y[:3], "x_train.npy")
+    assert found.train_images.data_ptr() % 4096 == 128  # of a page, behind the header of the file
+    mapped = np.load(tmp_path / "x_train.npy", mmap_mode="r")
+    assert np.shares_memory(as_images(mapped, 32).train_images.numpy(), mapped)
+    (tmp_path / "x_train.npy").rename(tmp_path / "PHOTOS.NPY")
+    check(prepare(DATASET=str(tmp_path / "PHOTOS.NPY")), X)
+
+
+@no_cuda
+def test_images_that_would_fill_the_gpu_stay_in_host_memory(small, shapes, monkeypatch, capsys):
+    settings = {"DEVICE": "cuda", "TOTAL_EPOCHS": 2}
+    expected = dinov2_cifar.train_dinov2(small(**settings), shapes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    images = prepare(shapes, DEVICE="cuda")
+    assert [part.device.type for part in images[:4]] == ["cpu", "cuda"] * 2
+    capsys.readouterr()
+    model = dinov2_cifar.train_dinov2(small(**settings), shapes)
+    assert "images stay in the host's memory" in capsys.readouterr().out
+    for ours, other in zip(model.parameters(), expected.parameters(), strict=True):
+        close(ours.detach(), other.detach(), 1e-3)
+
+
+def test_unknown_labels_are_minus_one_and_prevent_nothing():
+    for unknown in (-1, None):
+        labels = [unknown, 5, 7, unknown, 5, 7]
+        found = as_images((X, labels, X, labels))
+        expected = torch.tensor([-1, 0, 1, -1, 0, 1])
+        check(found, X, expected, X, expected)
+        assert not found.obstacle
+    check(as_images((X, [-1] * 6)), X)
+
+
+@pytest.mark.parametrize(
+    "y, y_test, words",
+    [
+        ([3] * 6, [3] * 6, "all training labels are 3"),
+        ([0, 1] * 3, [0, 1, 2, 1, 0, 1], "test labels 2 are not among the 2"),
+        (["cat", "dog"] * 3, ["Cat", "emu"] * 3, "test labels emu"),
+        (None, [0, 1] * 3, "no training labels"),
+        ([0, 1] * 3, [-1] * 6, "no labeled test images; VALIDATION_IMAGES"),
+    ],
+)
+def test_obstacles_to_an_evaluation_are_named(y, y_test, words, small, capsys):
+    model = dinov2_cifar.train_dinov2(small(BATCH_SIZE=6), (X, y, X, y_test))
+    printed = capsys.readouterr().out
+    assert f"no evaluation: {words}" in printed and "k-NN" not in printed and model
+
+
+def test_subset_without_shared_classes_is_not_evaluated():
+    found = prepare((X, torch.arange(6), X, torch.arange(6)), VALIDATION_IMAGES=3)
+    assert found.test_labels is None and "too few classes in common" in found.obstacle
+
+
+def test_first_labeled_split_of_a_mapping_is_for_testing():
+    unknown = Rows((image, -1) for image in PIL)
+    known = Rows(zip(PIL[:4], Y, strict=False))
+    check(as_images({"train": (X, Y), "validation": known, "test": unknown}), X, Y, X[:4], Y[:4])
+    arrays = {"x_train": X, "y_train": Y, "x_test": X[:2], "x_val": X[:4], "y_val": Y[:4]}
+    check(as_images(arrays), X, Y, X[:4], Y[:4])
+    assert as_images({"x_train": X, "y_train": Y, "y_test": Y}).test_images is None
+
+
+def test_classes_keep_capital_letters_where_two_differ_in_them_alone():
+    labels = ["A", "a", "B"] * 2
+    found = as_images((X, labels, X, labels))
+    assert found.classes == ("A", "B", "a") and len(found.test_labels.unique()) == 3
+    found = as_images((X, ["A", "B"] * 3, X, ["a", "b"] * 3))
+    assert found.classes == ("a", "b") and torch.equal(found.train_labels, found.test_labels)
+
+
+def write_tree(root, tree):
+    """Write images of one gray level each: {path: level}."""
+    for path, level in tree.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), level).save(root / path)
+
+
+TREES = {  # files, then levels of training with their classes, levels of test
+    "capitals": ("Train/a/1.png Train/b/2.png TEST/A/3.png TEST/b/4.png", "1a 2b", "3a 4b"),
+    "one level too deep": ("x/x/train/a/1.png x/x/train/b/2.png x/x/test/a/3.png", "1a 2b", "3a"),
+    "below other images": (
+        "logo/9.png x/train/a/1.png x/train/b/2.png x/val/a/3.png",
+        "1a 2b",
+        "3a",
+    ),
+    "a class called train": ("car/1.png bus/2.png train/3.png", "1car 2bus 3train", ""),
+    "val": ("train/a/1.png train/b/2.png val/b/3.png", "1a 2b", "3b"),
+    "validation": ("train/a/1.png train/b/2.png validation/b/3.png", "1a 2b", "3b"),
+    "test without classes": (
+        "train/a/1.png train/b/2.png test/images/4.png valid/b/3.png",
+        "1a 2b",
+        "3b",
+    ),
+    "test1": ("train/a/1.png train/b/2.png test1/a/3.png", "1a 2b", "3a"),
+    "name twice": (
+        "my_train/my_train/a/1.png my_train/my_train/b/2.png my_test/my_test/a/3.png",
+        "1a 2b",
+        "3a",
+    ),
+    "a stray image in test": (
+        "train/a/1.png train/b/2.png test/9.png test/b/3.png val/a/4.png",
+        "1a 2b",
+        "3b 9",
+    ),
+    "a stray image beside data": ("9.png x/a/1.png x/b/2.png", "1a 2b 9", ""),
+    "one class with folders": (
+        "train/a/x/1.png train/a/y/2.png train/b/3.png test/a/4.png",
+        "1a 2a 3b",
+        "4a",
+    ),
+    "links": ("train/a/1.png train/b/2.png test/a/3.png >all:train >more/x:test", "1a 2b", "3a"),
+    "words": ("trainer/1.png tester/2.png cook/3.png", "1trainer 2tester 3cook", ""),
+    "trainval": ("trainval/a/1.png trainval/b/2.png test/a/3.png", "1a 2b", "3a"),
+    "images in camel case": (
+        "trainImages/a/1.png trainImages/b/2.png testImages/a/3.png",
+        "1a 2b",
+        "3a",
+    ),
+    "sets": (
+        "train_set/train_set/a/1.png train_set/train_set/b/2.png test_set/a/3.png",
+        "1a 2b",
+        "3a",
+    ),
+    "years": ("train2017/a/1.png train2017/b/2.png val2017/a/3.png", "1a 2b", "3a"),
+    "no train": ("a/1.png b/2.png test/3.png", "1a 2b 3test", ""),
+    "hidden": ("a/1.png b/2.png .ipynb_checkpoints/3.png a/._4.png", "1a 2b", ""),
+    "deep classes": ("train/a/images/1.png train/b/images/2.png test/a/x/3.png", "1a 2b", "3a"),
+    "a stray image": ("train/a/1.png train/b/2.png train/9.png test/a/3.png", "1a 2b 9", "3a"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_folders_of_every_layout(name, tmp_path, capsys):
+    files, train, test = TREES[name]
+    links = [text[1:].split(":") for text in files.split() if text[0] == ">"]
+    files = [text for text in files.split() if text[0] != ">"]
+    write_tree(tmp_path / "root", {path: int(Path(path).stem.strip("._")) for path in files})
+    for link, target in links:
+        (tmp_path / "root" / link).parent.mkdir(exist_ok=True)
+        (tmp_path / "root" / link).symlink_to(tmp_path / "root" / target)
+    x, y, x_test, y_test, _, obstacle, _ = prepare(DATASET=str(tmp_path / "root"), BATCH_SIZE=2)
+    levels = [*map(int, re.findall(r"\d", train))]
+    names = [text[1:] for text in train.split()]
+    classes = sorted({*names} - {""})
+    assert sorted(x[:, 0, 0, 0].tolist()) == sorted(levels)
+    expected = {n: classes.index(c) if c else -1 for n, c in zip(levels, names, strict=True)}
+    assert dict(zip(x[:, 0, 0, 0].tolist(), y.tolist(), strict=True)) == expected
+    printed = capsys.readouterr().out
+    if test:
+        found = zip(x_test[:, 0, 0, 0].tolist(), y_test.tolist(), strict=True)
+        assert dict(found) == {
+            int(t[0]): classes.index(t[1]) if t[1:] else -1 for t in test.split()
+        }
+    else:
+        assert x_test is None and obstacle
+    shown = ", ".join(classes)
+    count = f"train {len(x)} images of {len(classes)} classes ({shown}), test {len(test.split())}\n"
+    assert count in printed
+    unused = ("below other images", "test without classes", "a stray image in test")
+    assert ("not used" in printed) == (name in unused)
+    assert ("not in a class folder: 1 images, such as" in printed) == ("stray" in name)
+
+
+@pytest.mark.parametrize("parents", ["ab", ("bottle", "cable")])
+def test_several_splits_are_refused(parents, tmp_path):
+    for parent in parents:
+        write_tree(tmp_path, {f"{parent}/train/good/1.png": 1, f"{parent}/test/bad/2.png": 2})
+    expect_error(f"several splits: {parents[0]}/test, {parents[1]}/test", DATASET=str(tmp_path))
+
+
+def test_tiny_imagenet_is_read_as_unzipped(tmp_path):
+    write_tree(
+        tmp_path, {f"train/n0{i}/images/n0{i}_{j}.JPEG": 9 * i + j for i in (1, 2) for j in (0, 1)}
+    )
+    write_tree(tmp_path, {f"val/images/val_{i}.JPEG": 50 + i for i in range(3)})
+    write_tree(tmp_path, {f"test/images/test_{i}.JPEG": 90 + i for i in range(3)})
+    rows = [f"val_{i}.JPEG\tn0{1 + i % 2}\t0\t32\t62\t44\n" for i in range(3)]
+    (tmp_path / "val" / "val_annotations.txt").write_text("".join(rows))
+    x, y, x_test, y_test, *_ = prepare(DATASET=str(tmp_path))
+    assert y.tolist() == [0, 0, 1, 1] and x_test[:, 0, 0, 0].tolist() == [50, 51, 52]
+    assert y_test.tolist() == [0, 1, 0]
+
+
+def test_images_of_more_than_8_bits_share_one_robust_scale(tmp_path):
+    """Of negative, infinite and missing values, too; two exposures stay apart."""
+    ramp = np.linspace(-300, 700, 32 * 32).reshape(32, 32)
+    hot, broken = ramp.copy(), ramp / 2
+    hot[3, 3], broken[0, :3] = 60_000, (np.nan, np.inf, -np.inf)
+    planes = [ramp, ramp / 2, hot, broken]
+    for i, plane in enumerate(planes):
+        Image.fromarray(plane.astype(np.float32)).save(tmp_path / f"{i}.tif")
+    pil = [Image.fromarray(plane.astype(np.float32)) for plane in planes]
+    low, high = np.quantile(
+        np.nan_to_num(np.stack(planes), nan=-150, posinf=-150, neginf=-150), (0.001, 0.999)
+    )
+    for dataset in (None, pil):
+        x = prepare(dataset, DATASET=str(tmp_path)).train_images
+        expected = torch.from_numpy(((ramp - low) / (high - low) * 255).clip(0, 255))
+        assert (x[0] - expected).abs().max() <= 1 and (x[2] - expected).abs().median() <= 1
+        half = ((ramp / 2 - low) / (high - low) * 255).clip(0, 255)
+        assert (x[1] - torch.from_numpy(half)).abs().max() <= 1 and torch.equal(
+            x[3, :, 4:], x[1, :, 4:]
+        )
+    test = as_images((pil, [0] * 4, pil[1:2], [0]), 32)
+    assert torch.equal(test.test_images[0], test.train_images[1])  # by the levels of training
+    deep = [Image.fromarray((plane + 300).astype(np.uint16)) for plane in planes[:2]]
+    x = as_images(deep).train_images.float()
+    assert x[0, 0].max() == 255 and 110 < x[1, 0].max() - x[1, 0].min() < 140
+
+
+def test_large_jpeg_files_are_decoded_small(tmp_path, monkeypatch):
+    x = F.interpolate(noise(1, 6, 6).float(), (500, 700), mode="bicubic").clamp(0, 255).byte()
+    Image.fromarray(arrays(x)[0]).save(tmp_path / "a.jpg", quality=95)
+    found = prepare([tmp_path / "a.jpg"] * 2, IMAGE_SIZE=32).train_images[0].int()
+    whole = dinov2_cifar.to_uint8(Image.open(tmp_path / "a.jpg"), 32).int()
+    assert 0 < (found - whole).abs().max() <= 6 and (found - whole).float().abs().mean() < 1
+
+
+def test_cifar_s_own_folder_is_named(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name in ("data_batch_1", "test_batch", "readme.html"):
+        (tmp_path / "cifar-10-batches-py" / name).touch()
+    expect_error("--dataset cifar10 (or 100) --data-path", DATASET=str(tmp_path))
+
+
+BAD = {  # a dataset, and words of its error
+    "nothing": ([], "index"),
+    "no images": (X[:0], "index"),
+    "normalized": ((X / 255 - 0.5) / 0.25, "-2..2"),
+    "floats to 255": (X.float(), "0..255"),
+    "integers": (X.long(), "int64"),
+    "one image": (X[0], "(3, 32, 32)"),
+    "one image, channels last": (arrays(X)[0], "(32, 32, 3)"),
+    "flat": (X.flatten(1).numpy(), "(6, 3072)"),
+    "one-hot labels": ((X, np.eye(3)[Y]), "label [0.0, 1.0"),
+    "several images": ([X[:3], X[3:]], "(3, 3, 32, 32) is not one image"),
+    "path": ("photos", "DATASET of Config"),
+    "paths twice": ((["a.png"], ["b.png"]), "No such file"),
+    "alpha": (np.zeros((6, 32, 32, 4), "u1"), "32, 32, 4)"),
+    "missing files": (["a.png"] * 9, "No such file"),
+    "number": (5, "not a sequence"),
+    "iterator": (iter(X), "not a sequence"),
+    "few labels": ((X, Y[:3]), "6 images, but 3 labels"),
+    "float labels": ((X, Y / 2), "label 0.5"),
+    "label -5": ((X, Y - 5), "label -4"),
+    "several labels": (Rows((x, [1, 2]) for x in PIL), "label [1, 2]"),
+    "three parts": ((X, Y, X), "3"),
+    "labels first": ((Y, X), "(6,)"),
+    "no test images": ((X, Y, X[:0], Y[:0]), "index"),
+    "rows without images": (Rows({"text": "a"} for _ in range(6)), "text"),
+    "rows with two labels": (
+        Rows({"img": x, "fine_label": 1, "coarse_label": 2} for x in PIL),
+        "fine_label, coarse_label",
+    ),
+    "sizes": ([PIL[0], PIL[1].resize((8, 8))], "(8, 8)"),
+    "mapping": ({"images": X}, "x_train"),
+    "empty image": ([Image.new("RGB", (0, 0))] * 9, "item 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_dataset_is_refused_before_a_network_is_built(name, small, monkeypatch):
     monkeypatch.setattr(dinov2_cifar, "make_model", lambda *args: pytest.fail("built a network"))
-    (x, y), *pil = shapes[:2], Image.new("RGB", (0, 0)), Image.new("F", (32, 32))
-    bad = [[], x[:0], x / 255, x.permute(0, 2, 3, 1), x[0], x.numpy(), ["a.png"] * 9, 5, iter(x)]
-    bad += [(x, y[:3]), (x, y / 2), (x, y[:, None]), (x, y.tolist()), (x, y - 1), (x, y + 2**16)]
-    bad += [(x, y, x), (y, x), (x, y, x[:0], y[:0]), [(image, "cat") for image in x]]
-    for i, dataset in enumerate(bad + [[image] * 9 for image in pil]):
-        with pytest.raises(InputError, match="^.+$"):
-            dinov2_cifar.train_dinov2(small(), dataset=dataset)
-            pytest.fail(f"{i} is accepted")
+    dataset, words = BAD[name]
+    with pytest.raises(InputError, match="^.+$") as caught:
+        as_images(dataset) if name == "sizes" else dinov2_cifar.train_dinov2(small(), dataset)
+    assert words in str(caught.value)

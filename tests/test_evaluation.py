@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, close
+from PIL import Image
 
 import dinov2_cifar
 from dinov2_cifar import (
     DINOv2,
     Images,
+    InputError,
+    as_images,
     extract_features,
     knn_accuracy,
     linear_probe,
@@ -60,7 +63,23 @@ def test_extract_features_gives_the_teacher_s_tokens_of_normalized_pixels(model)
     assert (student - tokens).abs().max() > 0.01
     with torch.autocast("cpu", torch.bfloat16):
         assert extract_features(model, IMAGES).dtype == torch.float32
-    assert extract_features(model.bfloat16(), IMAGES.bfloat16()).dtype == torch.float32
+    assert extract_features(model.bfloat16(), pixels.bfloat16()).dtype == torch.float32
+
+
+def test_extract_features_takes_images_of_every_form(model):
+    arrays = IMAGES.permute(0, 2, 3, 1).numpy()
+    pil = [Image.fromarray(array) for array in arrays]
+    expected = extract_features(model, IMAGES)
+    for images in (arrays, pil, [*arrays], arrays / 255, IMAGES / 255):
+        close(extract_features(model, images), expected)
+    for image in (pil[0], arrays[0], IMAGES[0], IMAGES[0] / 255, IMAGES[0].double() / 255):
+        close(extract_features(model, image), expected[:1])
+    large = [image.resize((96, 80)) for image in pil]  # as training would resize them
+    close(extract_features(model, large), extract_features(model, as_images(large, 32)[0]))
+    deep = Image.fromarray(np.full((32, 32), 999.0, np.float32))
+    for wrong in (IMAGES[:, 0], IMAGES[:, :2], "a.png", [1], arrays[..., :2], deep, IMAGES.float()):
+        with pytest.raises(InputError, match="^.+$"):
+            extract_features(model, wrong)
 
 
 def test_extract_features_runs_uncompiled(model):
@@ -202,6 +221,20 @@ def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, sh
         assert dinov2_cifar.evaluate(model, images._replace(**{name: None}), linear=True) == {}
 
 
+def test_evaluate_leaves_out_images_without_labels_and_bounds_the_bank(model, shapes, monkeypatch):
+    images, expected = Images(*shapes), dinov2_cifar.evaluate(model, Images(*shapes), linear=True)
+    more = [torch.cat([x.flip(0), x]) for x in (images[0], images[2])]
+    labels = [torch.cat([0 * y - 1, y]) for y in (images[1], images[3])]
+    images = Images(more[0], labels[0], more[1], labels[1])
+    assert dinov2_cifar.evaluate(model, images, linear=True) == pytest.approx(expected, rel=1e-4)
+    mean = [0.5] * 3
+    pixels = dinov2_cifar.raw_pixel_knn(images, mean, mean)
+    assert pixels == dinov2_cifar.raw_pixel_knn(Images(*shapes), mean, mean)
+    assert dinov2_cifar.evaluate(model, images._replace(train_labels=0 * labels[0] - 1)) == {}
+    batches, kept = dinov2_cifar.labeled(torch.arange(10), torch.arange(10) - 1, 4)  # 1, 4, 7
+    assert torch.cat([*batches]).tolist() == [1, 4, 7] and kept.tolist() == [0, 3, 6]
+
+
 def test_target_diagnostics_by_hand():
     targets = torch.tensor([[[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]], [[0, 0, 1, 0], [0.6, 0, 0.4, 0]]])
     values = dinov2_cifar.target_diagnostics(targets, torch.tensor(2.0, requires_grad=True))
@@ -260,7 +293,7 @@ def test_trained_teacher_is_small_and_knows_more_than_an_untrained_one_of_other_
 def test_trained_teacher_has_the_accuracy_of_its_card(tmp_path):
     counts = ["--train", "200", "--test", "50"]  # of each class
     subprocess.run([sys.executable, UNPACK, "npz", tmp_path / "few.npz", *counts], check=True)
-    images = dinov2_cifar.load_npz(tmp_path / "few.npz")
+    images = dinov2_cifar.as_images(dinov2_cifar.load_arrays(str(tmp_path / "few.npz")))
     teacher = dinov2_cifar.load_backbone(TEACHER)
     x, x_test = (extract_features(teacher, part) for part in (images[0], images[2]))
     found = [knn_accuracy(x, images.train_labels, x_test, images.test_labels)]
