@@ -72,6 +72,7 @@ def test_step_copies_only_indices_to_a_gpu(monkeypatch):
             model, images = DINOv2(config), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
         crops = MultiCropDataset.__new__(MultiCropDataset)
         crops.images, crops.transform = images, MultiCropTransform(32, 16, 2, 2, config)
+        crops.device = config.DEVICE
         masks, optimizer = MaskGenerator(config), dinov2_cifar.make_optimizer(model)
         for sizes in ([8, 3, 3], [8]):  # at first also mean and std
             with Copies() as copies:
