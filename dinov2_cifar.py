@@ -1149,7 +1149,7 @@ def as_images(dataset, size=None):
     0..1; or a sequence of paths, of images, of (image, label), or of rows with image and label.
     A label is an integer from 0 on or a string; -1 or None: unknown.
     """
-    name = (dataset if isinstance(dataset, Images) else Images(None)).name
+    name = dataset.name if isinstance(dataset, Images) else Images._field_defaults["name"]
     (x, y), (x_test, y_test) = find_splits(dataset)
     x, y, levels = read_split(x, y, size)
     if x_test is not None:
@@ -1381,7 +1381,7 @@ def number_labels(labels, test_labels):
     number = {label: i for i, label in enumerate(classes)}
     y, y_test = (torch.tensor([number.get(label, -1) for label in part]) for part in parts)
     if len(classes) < 2:
-        y, obstacle = None, "no training labels"
+        y, obstacle = None, Images._field_defaults["obstacle"]
         obstacle = f"all training labels are {classes[0]}" if classes else obstacle
     elif not {*test_labels} - {None}:
         obstacle = "no labeled test images; VALIDATION_IMAGES can hold some out of training"
@@ -1879,9 +1879,9 @@ def read_checkpoint(path):
         require({"config", "teacher_state_dict"} <= {*names}, kind)
         states["config"] = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict()
         for key in states.keys() & {f"{name}_state_dict" for name in STATES}:
-            # Names of DistributedDataParallel and torch.compile
-            strip = lambda name: name.replace("_orig_mod.", "").removeprefix("module.")  # noqa: E731
-            states[key] = {strip(name): tensor for name, tensor in states[key].items()}
+            # Names of torch.compile and DistributedDataParallel
+            plain = {name.replace("_orig_mod.", ""): t for name, t in states[key].items()}
+            states[key] = {name.removeprefix("module."): t for name, t in plain.items()}
         return states
 
 
