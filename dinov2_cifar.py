@@ -33,6 +33,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -1166,17 +1167,30 @@ TEST += [("x_valid", "y_valid"), ("valid", ""), ("validation", "")]
 
 
 def find_splits(dataset):
-    """Return (images, labels) of training and test, as given or None."""
+    """Return (images, labels) of training and test, as given or None.
+
+    Of several test splits, the first whose labels are all in training; else one with labels.
+    """
     dataset = dataset[:4] if isinstance(dataset, Images) else dataset
     require(not isinstance(dataset, (str, Path)), f"a path, {dataset}, is a DATASET of Config")
     if isinstance(dataset, Mapping):
         data = {str(key).casefold(): value for key, value in dataset.items()}
-        train, tests = (
-            [as_pair(data[x], data.get(y)) for x, y in names if data.get(x) is not None]
-            for names in (TRAIN, TEST)
-        )
+        names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
+        splits = {x: as_pair(data[x], data.get(y)) for x, y in names}
+        train = next((x for x, y in names if (x, y) in TRAIN), None)
         require(train, f"wanted is x_train, train_images or train, not {', '.join(data)}")
-        return train[0], max(tests, key=has_labels, default=(None, None))
+
+        def unfit(name):
+            labels = known_labels(*splits[name])
+            return not labels, splits[train][1] is not None and not labels <= known
+
+        tests = [x for x, y in names if (x, y) in TEST]
+        known = known_labels(*splits[train]) if len(tests) > 1 else set()
+        test = min(tests, key=unfit) if len(tests) > 1 else "".join(tests)
+        unused = [f"{x} ({len(splits[x][0]):,} images)" for x in splits if x not in (train, test)]
+        if unused:
+            print(f"not used: {', '.join(unused)}", flush=True)
+        return splits[train], splits.get(test, (None, None))
     if not isinstance(dataset, tuple):
         return (dataset, None), (None, None)
     require(len(dataset) in (2, 4), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
@@ -1189,13 +1203,12 @@ def as_pair(images, labels=None):
     return images if isinstance(images, tuple) and len(images) == 2 else (images, labels)
 
 
-def has_labels(pair):
-    """Return whether the first label is known."""
-    images, labels = pair
-    if labels is None and isinstance(images, (np.ndarray, torch.Tensor)):
-        return False
-    first = split_item(images[0])[1] if labels is None else next(iter(labels))
-    return plain_label(first) is not None
+def known_labels(images, labels):
+    """Return the set of a split's known labels, without case; of rows, that of the first."""
+    if labels is None:
+        is_array = isinstance(images, (np.ndarray, torch.Tensor))
+        labels = () if is_array else [split_item(images[0])[1]]
+    return {str(label).casefold() for label in map(plain_label, labels) if label is not None}
 
 
 def are_labels(values):
@@ -1302,9 +1315,12 @@ def to_uint8(image, size=None):
         require(image.mode[0] not in "IF", f"mode {image.mode} has over 8 bits; use RGB")
         image = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     with input_errors("images", "must be PIL's, or arrays or tensors of uint8 or floats in 0..1"):
-        if not torch.is_tensor(image):  # a copy, where torch would warn; not of a mapped file
-            image = image if isinstance(image, np.memmap) else np.require(image, None, "CW")
-            image = torch.from_numpy(image)
+        if isinstance(image, np.memmap):  # not copied; torch warns that it cannot be written to
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image = torch.from_numpy(image)
+        elif not torch.is_tensor(image):
+            image = torch.from_numpy(np.require(image, None, "CW"))
     x = image.unsqueeze(0) if image.ndim == 2 else image
     if x.ndim > 2 and x.shape[-3] not in (1, 3) and x.shape[-1] in (1, 3):
         x = x.movedim(-1, -3)
@@ -1478,7 +1494,7 @@ def load_arrays(path):
         names = {name for pair in TRAIN + TEST for name in pair}
         files = [f for f in path.parent.glob("*.[nN][pP][yY]") if f.stem.casefold() in names]
         files = files if path.stem.casefold() in {name for name, _ in TRAIN} else []
-        return {f.stem: np.load(f, mmap_mode="c") for f in files} or {"x_train": np.load(path, "c")}
+        return {f.stem: np.load(f, "r") for f in files} or {"x_train": np.load(path, "r")}
 
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".jfif", ".jpe")
@@ -1514,48 +1530,45 @@ def load_folder(path):
     hint = "; for CIFAR use --dataset cifar10 (or 100) --data-path" if is_cifar else ""
     require(images, f"no readable image in {path}, but {others or 'no files'}{hint}")
 
-    def split(folder):
-        n = len(folder.parts)
-        below = [file for file in images if file.parts[:n] == folder.parts]
-        return below, folder_labels(folder, below)
-
-    def lacks_labels(pair):
-        labels, test_labels = ({str(i).casefold() for i in part[1] if i} for part in pair)
-        return not test_labels or not test_labels <= labels
-
-    pairs = ([split(train), split(test)] for train, test in find_split_folders(images))
     root = Path(os.path.commonpath([file.parent for file in images]))
     deeper = [file.parent for file in images if file.parent != root] or [root]
-    alone = images, folder_labels(Path(os.path.commonpath(deeper)), images)
-    splits = min(pairs, key=lacks_labels, default=[alone])
-    unused = sorted({*images}.difference(*[below for below, _ in splits]))
-    loose = [file for part in splits for file, label in zip(*part, strict=True) if label is None]
+    splits = {}
+    for name, folder in (find_split_folders(images) or {"train": root}).items():
+        below = [file for file in images if folder in file.parents]
+        top = folder if folder != root else Path(os.path.commonpath(deeper))
+        splits[name] = below, folder_labels(top, below)
+    unused = sorted({*images}.difference(*[below for below, _ in splits.values()]))
+    loose = [f for pair in splits.values() for f, y in zip(*pair, strict=True) if y is None]
     for text, some in ("used", unused), ("in a class folder", loose):
         if 0 < len(some) < len(images):
             print(f"not {text}: {len(some):,} images, such as {some[0]}", flush=True)
     if others:
         print(f"no images: {others}", flush=True)
-    return dict(zip(("x_train", "y_train", "x_test", "y_test"), sum(splits, ()), strict=False))
+    return splits
 
 
 def find_split_folders(files):
-    """Return pairs of folders with training and test images, which are in one folder."""
+    """Return the folders with training, test and validation images by these names, or {}."""
     folders = {f for parent in {file.parent for file in files} for f in (parent, *parent.parents)}
     word = r"(?<![a-z])({})(?=set|image|data|[^a-z]|$)"  # not in other words
     train = word.format("train(ing|val)?")
     trains = {(f.parent, re.sub(train, "*", f.name.lower())): f for f in sorted(folders)}
-    pairs = []
-    for name in ("test(ing|s|1)?", "val(id(ation)?)?|eval(uation)?|dev"):
+    found = []
+    for name, words in ("test", "test(ing|s|1)?"), ("val", "val(id(ation)?)?|eval(uation)?|dev"):
         for test in sorted(folders):
-            key = test.parent, re.sub(word.format(name), "*", test.name.lower())
+            key = test.parent, re.sub(word.format(words), "*", test.name.lower())
             if "*" in key[1] and key in trains:
-                pairs.append((trains[key], test))
-    least = min((len(test.parts) for _, test in pairs), default=0)
-    pairs = [pair for pair in pairs if len(pair[1].parts) == least]
-    names = sorted({"/".join(test.parts[-2:]) for _, test in pairs})
-    several = len({test.parent for _, test in pairs}) > 1
+                found.append((trains[key], name, test))
+    least = min((len(test.parts) for *_, test in found), default=0)
+    found = [(train, name, test) for train, name, test in found if len(test.parts) == least]
+    names = sorted({"/".join(test.parts[-2:]) for *_, test in found})
+    several = len({test.parent for *_, test in found}) > 1
     require(not several, f"several splits: {', '.join(names[:4])}; give a folder with one of them")
-    return pairs
+    splits = {}
+    for train, name, test in found:
+        if splits.setdefault("train", train) == train:
+            splits.setdefault(name, test)
+    return splits
 
 
 def folder_labels(split, files):
