@@ -22,6 +22,7 @@ patches.
 """
 
 import argparse
+import difflib
 import io
 import json
 import math
@@ -31,6 +32,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -40,7 +42,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from copy import deepcopy
 from functools import lru_cache
-from itertools import pairwise, repeat
+from importlib.util import find_spec
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,14 +53,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils._triton import has_triton
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.ops import StochasticDepth
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 # ---- Settings ----
@@ -125,6 +127,7 @@ class Config:
     EMA_START = 0.9  # teacher momentum at the first step; DINOv2: 0.992, DINO: 0.996
     EMA_END = 1.0  # teacher momentum at the end of the run, reached by a cosine
     FREEZE_PROTOTYPES = 1.0  # fraction of the run with frozen prototypes; published: 0.01
+    FREEZE_BACKBONE = 0.3  # fraction with frozen weights of INIT_FROM; then their rate rises
     CLIP_GRAD = 3.0  # maximum norm of the gradient; 0: no clipping
     TOTAL_EPOCHS = 2  # passes over the training images; schedules stretch with it
     # Run
@@ -138,8 +141,10 @@ class Config:
     PRECISION = "auto"  # "bf16" autocast, "fp32", or "auto": bf16 where it is fast
     COMPILE = True  # torch.compile views, masks, networks, losses; on CUDA with Triton only
     EVAL_EVERY = 1  # epochs between evaluations; 0: only at the end
+    TENSORBOARD = False  # also log to OUTPUT_DIR/tensorboard, for the package of this name
     SAVE_EVERY = 10  # epochs between checkpoints that are kept; 0: only the last
     SAVE_EVERY_MINUTES = 10.0  # minutes between saves within an epoch; 0: none
+    INIT_FROM = ""  # weights to start from: a checkpoint, or timm's or Meta's .pth or .safetensors
     RESUME = ""  # checkpoint to resume; bare --resume: "newest", OUTPUT_DIR/dinov2_last.pth
 
     def __init__(self, **overrides):
@@ -180,7 +185,7 @@ class MultiCropTransform:
         c = self.config = config or Config()
         self.crops = [(global_crops, global_size, c.GLOBAL_CROPS_SCALE)]
         self.crops += [(local_crops, local_size, c.LOCAL_CROPS_SCALE)]
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.mean, self.std = (torch.as_tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, images):
         images, views = to_uint8(images), []
@@ -203,6 +208,13 @@ class MultiCropTransform:
         changes = [jitter * torch.empty_like(gray).uniform_(-a, a) for a in c.COLOR_JITTER]
         x = color_jitter(x, torch.stack(changes))
         return torch.where(gray < c.GRAYSCALE_PROB, TF.rgb_to_grayscale(x), x)
+
+
+def make_transform(config, backbone):
+    """Return the views of config, normalized as backbone's images."""
+    c = config
+    sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
+    return MultiCropTransform(*sizes, c, backbone.pixel_mean, backbone.pixel_std)
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
@@ -371,14 +383,8 @@ class VisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, x, w, h):
         """Return the position embedding (1,1+N,D) of images of w x h pixels."""
-        size = (h // self.patch_embed.patch_size, w // self.patch_embed.patch_size)
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if size == (side, side):
-            return self.pos_embed
-        grid = rearrange(self.pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
-        antialias = x.device.type != "mps"  # not implemented there
-        grid = F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
-        return torch.cat([self.pos_embed[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
+        p = self.patch_embed.patch_size
+        return resize_pos_embed(self.pos_embed, (h // p, w // p))
 
     def prepare_tokens(self, x, mask=None):
         """Embed images (B,C,H,W) as (B,T,D): class token, registers, patches."""
@@ -416,6 +422,17 @@ class VisionTransformer(nn.Module):
         x = select_tokens(last(x), indices) if drops_images else last(x, indices)
         x = self.norm(x.to(dtype))
         return x[:batch], x[batch:]
+
+
+def resize_pos_embed(pos_embed, size):
+    """Return a position embedding (1,1+N,D) of a square for rows x columns of patches."""
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if not torch.compiler.is_exporting() and size == (side, side):  # exported: for any size
+        return pos_embed
+    grid = rearrange(pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
+    antialias = pos_embed.device.type != "mps"  # not implemented there
+    grid = F.interpolate(grid, size=size, mode="bicubic", antialias=antialias)
+    return torch.cat([pos_embed[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], 1)
 
 
 def build_backbone(config):
@@ -565,6 +582,12 @@ class DINOv2(nn.Module):
         self.teacher_patch_head = deepcopy(self.patch_head).requires_grad_(False)
         self.train()
 
+    def set_pixel_statistics(self, mean, std):
+        """Store the channels' mean and standard deviation, in 0..1."""
+        for backbone in (self.student, self.teacher):
+            backbone.pixel_mean.copy_(torch.tensor(mean).view(3, 1, 1))
+            backbone.pixel_std.copy_(torch.tensor(std).view(3, 1, 1))
+
     @property
     def student_modules(self):
         return self.student, self.img_head, self.patch_head
@@ -678,9 +701,12 @@ def hyperparameters(config, step, total_steps):
     lr = CosineScheduler(c.LEARNING_RATE, c.LEARNING_RATE_END, n, round(c.WARMUP * n))
     lr = lr.get_value(step) * math.sqrt(images_per_step(c) / 1024)
     start, end, warmup = c.TEACHER_TEMP_START, c.TEACHER_TEMP_END, c.TEACHER_TEMP_WARMUP
+    rates = {"lr": lr, "prototype_lr": 0.0 if step < round(c.FREEZE_PROTOTYPES * n) else lr}
+    if c.INIT_FROM:  # gradients of fresh heads would destroy a trained backbone
+        left = (n - step) / n / max(1 - c.FREEZE_BACKBONE, 1e-9)  # from above 1 to 0
+        rates["backbone_lr"] = lr * max(0.0, 1 - left)
     return {
-        "lr": lr,
-        "prototype_lr": 0.0 if step < round(c.FREEZE_PROTOTYPES * n) else lr,
+        **rates,
         "weight_decay": CosineScheduler(c.WEIGHT_DECAY, c.WEIGHT_DECAY_END, n).get_value(step),
         "momentum": CosineScheduler(c.EMA_START, c.EMA_END, n).get_value(step),
         "teacher_temp": CosineScheduler(end, end, n, round(warmup * n), start).get_value(step),
@@ -689,24 +715,26 @@ def hyperparameters(config, step, total_steps):
 
 def make_optimizer(model):
     """Return AdamW for the student; biases, norms and single tokens have no weight decay."""
-    groups = {"matrices": [], "vectors": [], "prototypes": []}
+    groups = {(decays, name): [] for decays in (True, False) for name in ("backbone_lr", "lr")}
+    groups[True, "prototype_lr"] = []
     for module in model.student_modules:
         for name, parameter in module.named_parameters():
-            is_matrix = parameter.ndim > 1 and name.endswith((".weight", "pos_embed"))
-            group = "matrices" if is_matrix else "vectors"
-            groups["prototypes" if name == "prototypes" else group].append(parameter)
-    groups = [{"name": name, "params": parameters} for name, parameters in groups.items()]
+            rate = "backbone_lr" if module is model.student else "lr"
+            decays = parameter.ndim > 1 and name.endswith((".weight", "pos_embed"))
+            key = (True, "prototype_lr") if name == "prototypes" else (decays, rate)
+            groups[key].append(parameter)
+    groups = [{"params": p, "decays": key[0], "rate": key[1]} for key, p in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 def set_hyperparameters(optimizer, hparams):
-    """Set learning rates and weight decay; freeze the prototypes where their rate is 0."""
+    """Set learning rates and weight decay; freeze what has a rate of its own while that is 0."""
     for group in optimizer.param_groups:
-        group["lr"] = hparams["prototype_lr" if group["name"] == "prototypes" else "lr"]
-        group["weight_decay"] = 0.0 if group["name"] == "vectors" else hparams["weight_decay"]
-        if group["name"] == "prototypes":
+        group["lr"] = hparams.get(group["rate"], hparams["lr"])
+        group["weight_decay"] = hparams["weight_decay"] * group["decays"]
+        if group["rate"] != "lr" and group["rate"] in hparams:
             for parameter in group["params"]:
-                parameter.requires_grad_(hparams["prototype_lr"] > 0)
+                parameter.requires_grad_(group["lr"] > 0)
 
 
 def train_step(model, optimizer, micro_batches, hparams):
@@ -727,7 +755,7 @@ def train_step(model, optimizer, micro_batches, hparams):
         temperature = torch.full((), hparams["teacher_temp"], device=mask.device)
         skip_sync = i + 1 < c.ACCUMULATE and model is not network
         with model.no_sync() if skip_sync else nullcontext():
-            with autocast(c):
+            with autocast(c.DEVICE, c.PRECISION):
                 outputs = model(views, mask, temperature, *patch_indices)
             (outputs["loss"] / c.ACCUMULATE).backward()
         for name, value in outputs.items():
@@ -755,41 +783,45 @@ def train_dinov2(config=None, dataset=None):
     if losses stay non-finite. Ctrl-C (SIGTERM) saves, then raises KeyboardInterrupt (SystemExit).
     """
     with setup_processes(config or Config()) as c, lock_output_dir(c):
-        checkpoint = find_checkpoint(c)
-
-        # Data
-        images = prepare_images(c, dataset)
-        mean, std = channel_mean_std(images.train_images)
-        sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
-        crops = MultiCropDataset(images, MultiCropTransform(*sizes, c, mean, std), c.DEVICE)
-        masks = MaskGenerator(c)
-        steps_per_epoch = len(crops) // images_per_step(c)
-        total_steps = steps_per_epoch * c.TOTAL_EPOCHS
+        checkpoint, states = find_checkpoint(c), None
 
         # Networks and optimizer; random numbers follow from SEED, step and process
         seed_step(c.SEED, 0)
-        model = make_model(c, mean, std)
+        model = DINOv2(c).to(c.DEVICE)
         optimizer = make_optimizer(model)
         require_room(model)
+        if checkpoint:
+            states = load_checkpoint(checkpoint, model, optimizer)
+        elif c.INIT_FROM:
+            load_weights(c.INIT_FROM, model)
 
-        # Resume a run, or first measure raw pixels and the untrained network
+        # Data
+        images = prepare_images(c, dataset)
+        if not checkpoint and not c.INIT_FROM:
+            model.set_pixel_statistics(*channel_mean_std(images.train_images))
+        transform = make_transform(c, model.teacher)
+        crops, masks = MultiCropDataset(images, transform, c.DEVICE), MaskGenerator(c)
+        steps_per_epoch = count_steps(len(crops), c)
+        total_steps = steps_per_epoch * c.TOTAL_EPOCHS
+
+        # Resume a run, or first measure raw pixels and the network as it starts
         logger = MetricLogger(c, describe_images(images), steps_per_epoch)
         work = f"{len(crops):,} images, {total_steps:,} steps of {images_per_step(c):,}"
         print(f"{images.name[-20:]}: {work}; {c.MODEL_SIZE} on {c.DEVICE}", flush=True)
         if checkpoint:
-            logger.restore(load_checkpoint(checkpoint, model, optimizer), checkpoint)
+            logger.restore(states, checkpoint)
         else:
-            version = str(torch.__version__)
-            logger.log("start", data=images.name, torch=version, config=c.to_dict())
-            logger.log("baseline", **measure_baseline(model, images, mean, std))
+            logger.log("start", data=images.name, torch=str(torch.__version__), config=c.to_dict())
+            logger.log("baseline", **measure_baseline(model, images))
 
-        frozen = None  # whether the prototypes are, which DistributedDataParallel has to know
-        with StopRequest() as stop, logger, compiled_step(model, crops.transform, masks):
+        frozen = None  # what is, which DistributedDataParallel has to know
+        with StopRequest() as stop, logger, compiled_step(model, transform, masks):
             for step in range(logger.step, total_steps):
                 seed_step(c.SEED, step + 1, rank())
                 hparams = hyperparameters(c, step, total_steps)
-                if frozen != (hparams["prototype_lr"] == 0):
-                    frozen = hparams["prototype_lr"] == 0
+                rests = [name for name, rate in hparams.items() if "_lr" in name and rate == 0]
+                if frozen != rests:
+                    frozen = rests
                     set_hyperparameters(optimizer, hparams)
                     wrapped_model = wrap_ddp(model)
                 batches = step_indices(len(crops), c, step)  # ACCUMULATE times (B,)
@@ -815,7 +847,8 @@ def train_dinov2(config=None, dataset=None):
 
         if rank() == 0:
             if logger.owns_folder:
-                plot_figures(model, images, crops.transform, logger.history)
+                plot_figures(model.teacher, images, c, logger.history)
+                logger.show_figures()
             print_summary(logger)
         return model.eval()
 
@@ -826,16 +859,18 @@ def train_dinov2(config=None, dataset=None):
 
 
 @torch.no_grad()
-def extract_features(model, images, batch_size=512, patches=False, avgpool=False):
+def extract_features(model, images, batch_size=512, patches=False, avgpool=False, precision=None):
     """Return fp32 class tokens (N,D), or patch tokens (N,patches,D), in eval mode.
 
     model: a VisionTransformer, or a DINOv2, for its teacher.
     images: (N,3,H,W), uint8, floats in 0..1 or, if others, normalized; uint8 or arrays also
     (N,H,W,3); one (3,H,W) or (H,W,3); PIL's or a list of images, resized to the size of training.
-    avgpool: return class token and mean patch token, (N,2*D).
+    avgpool: return class token and mean patch token, (N,2*D). precision: see PRECISION; None:
+    that of the model's config or, of a VisionTransformer alone, "auto".
     """
     backbone = getattr(model, "teacher", model)
-    mode, features = backbone.training, []
+    device, mode, features = backbone.pixel_mean.device, backbone.training, []
+    precision = precision or (model.config.PRECISION if hasattr(model, "config") else "auto")
     if isinstance(images, (list, tuple, Image.Image)):
         side = math.isqrt(backbone.patch_embed.num_patches) * backbone.patch_embed.patch_size
         images = [images] if isinstance(images, Image.Image) else images
@@ -852,9 +887,9 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
         fits, found = max(-low, high) < 20, f"{low:.4g}..{high:.4g}"
         require(fits, f"floats must be normalized or in 0..1, not {found}")
     backbone.eval()
-    with torch.compiler.set_stance("force_eager"):  # any batch size
+    with autocast(device, precision), torch.compiler.set_stance("force_eager"):  # any batch size
         for x in images.split(batch_size):
-            x = x.to(backbone.pixel_mean.device)
+            x = x.to(device)
             if scale:
                 x = (x / scale - backbone.pixel_mean) / backbone.pixel_std
             x = x.to(backbone.cls_token.dtype)
@@ -930,11 +965,10 @@ def evaluate(model, images, linear=False):
     parts = [labeled(*images[i : i + 2], 100_000) for i in (0, 2)]
     if not all(len(y) for _, y in parts):
         return {}
-    with autocast(model.config):
-        train, test = (
-            torch.cat([extract_features(model, x, avgpool=True) for x in batches])
-            for batches, _ in parts
-        )
+    train, test = (
+        torch.cat([extract_features(model, x, avgpool=True) for x in batches])
+        for batches, _ in parts
+    )
     y, y_test = parts[0][1], parts[1][1]
     require(test.isfinite().all(), f"features are not finite; {REMEDY}")
     x, x_test = (features[:, : features.shape[1] // 2] for features in (train, test))
@@ -942,13 +976,17 @@ def evaluate(model, images, linear=False):
     return {**scores, "linear": linear_probe(train, y, test, y_test)} if linear else scores
 
 
-def raw_pixel_knn(images, mean, std):
-    data = []
+def raw_pixel_scores(images, mean, std):
+    """Return the k-NN accuracy of raw pixels and, of means of 8 x 8 parts, the linear one."""
+    data, coarse = [], []
     for x, y in (images[:2], images[2:4]):
         batches, y = labeled(x, y, math.ceil(50_000 * 3 * 32**2 / x[0].numel()))  # floats are large
-        x = torch.cat([TF.normalize(x / 255, mean, std).flatten(1) for x in batches])
-        data += [x.to(y.device), y]
-    return knn_accuracy(*data)
+        x = [TF.normalize(x / 255, mean, std) for x in batches]
+        data += [torch.cat([part.flatten(1) for part in x]).to(y.device), y]
+        small = torch.cat([F.adaptive_avg_pool2d(part, min(8, *part.shape[2:])) for part in x])
+        coarse += [small.flatten(1).to(y.device), y]
+    scores = knn_accuracy(*data), linear_probe(*coarse)
+    return dict(zip(("raw_pixels_knn", "raw_pixels_linear"), scores, strict=True))
 
 
 @torch.no_grad()
@@ -959,7 +997,8 @@ def target_diagnostics(targets, cross_entropy):
     mean = all_reduce(targets.mean(0)) / world_size()
     used = all_reduce(torch.zeros_like(mean).index_fill(0, targets.argmax(1), 1), "MAX")
     values = {"teacher_entropy": entropy, "mean_entropy": torch.special.entr(mean).sum()}
-    return {**values, "kl": cross_entropy.detach() - entropy, "prototypes": used.mean()}
+    prototypes = used.sum() / min(len(mean), len(targets) * world_size())  # of those that can be
+    return {**values, "kl": cross_entropy.detach() - entropy, "prototypes": prototypes}
 
 
 def collapse_warnings(scores, means, baseline, config):
@@ -1156,6 +1195,8 @@ def as_images(dataset, size=None):
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, levels)
     y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
+    if isinstance(dataset, Images) and dataset.classes:
+        classes = tuple(dataset.classes[label] for label in classes)
     return Images(x, y, x_test, y_test, name, obstacle, classes)
 
 
@@ -1234,8 +1275,10 @@ def read_split(images, labels, size, levels=None):
         labels = labels.tolist() if hasattr(labels, "tolist") else labels
         labels = [*map(plain_label, labels)]
         require(len(labels) == count, f"there are {count} images, but {len(labels)} labels")
+    bar = {"disable": True if rank() else None, "leave": False}  # None: where there is no terminal
     if not isinstance(images, (np.ndarray, torch.Tensor)):
-        return stack_images(read_items(images, labels, size), count, levels)
+        items = tqdm(read_items(images, labels, size), "reading", count, **bar)
+        return stack_images(items, count, levels)
     x, shape, labels = images, tuple(images.shape), labels or [None] * count
     single = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] < 5)
     wanted = f"images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not {shape}"
@@ -1243,7 +1286,7 @@ def read_split(images, labels, size, levels=None):
     x = x[:, None] if len(shape) == 3 else x
     if to_uint8(x[:1], size).shape == to_uint8(x[:1]).shape and x.dtype in (np.uint8, torch.uint8):
         return to_uint8(x), labels, levels  # a view: it may be memory-mapped
-    parts = (slice(i, i + 256) for i in range(0, count, 256))
+    parts = (slice(i, i + 256) for i in tqdm(range(0, count, 256), "reading", **bar))
     return stack_images(((to_uint8(x[i], size), labels[i]) for i in parts), count, levels)
 
 
@@ -1349,7 +1392,7 @@ def stack_images(parts, count, levels=None):
     floats (1,H,W), of which levels become 0 and 255: 0.1 % of all values are below and above.
     """
     images, all_labels, floats, n = None, [], {}, 0
-    for x, labels in tqdm(parts, "reading", disable=True if rank() else None, leave=False):
+    for x, labels in parts:
         x = x if x.ndim == 4 else x.unsqueeze(0)
         if images is None:
             images = torch.empty(count, 3, *x.shape[2:], dtype=torch.uint8)
@@ -1408,6 +1451,9 @@ def number_labels(labels, test_labels):
     return y, None if obstacle else y_test, obstacle, tuple(classes)
 
 
+SHAPES = "disc ring square frame triangle plus star crescent bow-tie ell".split()
+
+
 def is_inside(label, x, y):
     """Return whether points are in the shape of a class, which is about 2 wide. y points down."""
     r, larger, smaller = np.hypot(x, y), np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
@@ -1423,7 +1469,7 @@ def is_inside(label, x, y):
         "bow-tie": lambda: (abs(y) < 0.9 * abs(x)) & (abs(x) < 0.9),
         "ell": lambda: (larger < 0.85) & ~((x > -0.2) & (y < 0.2)),
     }
-    return list(shapes.values())[label]()
+    return shapes[SHAPES[label]]()
 
 
 def make_shapes(count, size=32, seed=0, masks=False):
@@ -1481,7 +1527,7 @@ def load_cifar(name, root):
         socket.setdefaulttimeout(timeout)
     x, x_test = (torch.from_numpy(split.data).permute(0, 3, 1, 2) for split in splits)
     y, y_test = (torch.tensor(split.targets) for split in splits)
-    return Images(x, y, x_test, y_test, name)
+    return Images(x, y, x_test, y_test, name, classes=tuple(splits[0].classes))
 
 
 def load_arrays(path):
@@ -1604,7 +1650,8 @@ def load_images(config):
         count = 19456
         if config.TRAIN_IMAGES and not config.VALIDATION_IMAGES:  # draw no more than that
             count = min(count, config.TRAIN_IMAGES)
-        return Images(*make_shapes(count, size, seed=0), *make_shapes(2048, size, seed=1), name)
+        splits = *make_shapes(count, size, seed=0), *make_shapes(2048, size, seed=1)
+        return Images(*splits, name, classes=SHAPES)
     if Path(name).is_dir():
         return load_folder(name)
     known = "a folder, a .npz or .npy file, auto, cifar10, cifar100 or shapes"
@@ -1623,7 +1670,7 @@ def prepare_images(config, dataset=None):
         images = as_images(dataset, c.IMAGE_SIZE)
     if isinstance(dataset, dict) and name != "the dataset":
         images = images._replace(name=Path(c.DATASET).resolve().name)
-    total, n = len(images.train_images), images_per_step(c)
+    total = len(images.train_images)
     rest = total - c.VALIDATION_IMAGES
     require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images")
     count = min(c.TRAIN_IMAGES or rest, rest)
@@ -1640,8 +1687,6 @@ def prepare_images(config, dataset=None):
                 images = images._replace(test_labels=None, obstacle=obstacle)
     most, least = max_over_processes(count, -count)
     require(most == -least, f"processes have {-least:.0f} to {most:.0f} training images")
-    needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
-    require(n <= count, f"BATCH_SIZE ({c.BATCH_SIZE}) {needs}; lower it")
     x, y, x_test, *_ = images
     names = ", ".join(map(str, images.classes[:3])) + ", ..." * (len(images.classes) > 3)
     classes = "" if y is None else f" of {len(images.classes)} classes ({names})"
@@ -1743,6 +1788,8 @@ class BatchNorm(nn.BatchNorm1d):
 def setup_processes(config):
     """Join torchrun's processes, if any; yield config with this one's DEVICE."""
     require(isinstance(config, Config), f"config must be a Config, not {type(config).__name__}")
+    has_board = not config.TENSORBOARD or find_spec("tensorboard")
+    require(has_board, "TENSORBOARD needs a package: pip install tensorboard")
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or dist.is_initialized():
         yield config
         return
@@ -1769,15 +1816,6 @@ def wrap_ddp(model):
     return wrapped
 
 
-def make_model(config, mean, std):
-    """Return a DINOv2 on DEVICE with the pixels' mean and std."""
-    model = DINOv2(config)
-    for backbone in (model.student, model.teacher):
-        backbone.pixel_mean.copy_(torch.tensor(mean).view(3, 1, 1))
-        backbone.pixel_std.copy_(torch.tensor(std).view(3, 1, 1))
-    return model.to(config.DEVICE)
-
-
 def can_compile(config):
     """Return whether COMPILE pays and works: on CUDA with Triton."""
     return config.COMPILE and torch.device(config.DEVICE).type == "cuda" and has_triton()
@@ -1801,24 +1839,32 @@ def compiled_step(model, transform, masks, **options):
         delattr(owner, name)
 
 
-def use_bf16(config):
-    """Return whether matrix products are in bfloat16; PRECISION "auto": where it is fast."""
-    device = torch.device(config.DEVICE)
-    if config.PRECISION != "auto" or device.type not in ("cuda", "cpu"):
-        return config.PRECISION == "bf16"
+def use_bf16(device, precision):
+    """Return whether matrix products are in bfloat16; precision "auto": where it is fast."""
+    device = torch.device(device)
+    if precision != "auto" or device.type not in ("cuda", "cpu"):
+        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
-def autocast(config):
-    kind = torch.device(config.DEVICE).type
-    return torch.autocast(kind, torch.bfloat16, enabled=use_bf16(config))
+def autocast(device, precision):
+    enabled = use_bf16(device, precision)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def images_per_step(config):
     return config.BATCH_SIZE * config.ACCUMULATE * world_size()
+
+
+def count_steps(count, config):
+    """Return an epoch's steps; what is left of its count images is left out."""
+    n, c = images_per_step(config), config
+    needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
+    require(n <= count, f"BATCH_SIZE ({c.BATCH_SIZE}) {needs}; lower it")
+    return count // n
 
 
 def seed_step(seed, step, process=0):
@@ -1876,26 +1922,98 @@ def save_checkpoint(path, model, optimizer, epoch, step, **run_state):
     write_file(path, buffer.getbuffer())
 
 
+def read_file(path):
+    """Return what torch.save or safetensors wrote, on the CPU; nothing in it is executed."""
+    if Path(path).suffix.lower() == ".safetensors":
+        with input_errors("safetensors", "is needed: pip install safetensors"):
+            from safetensors.torch import load_file
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # of many kinds
+        raise InputError("it is cut, or holds other Python objects than weights") from None
+
+
 def read_checkpoint(path):
-    """Return a checkpoint's dict, on the CPU; nothing in the file is executed."""
+    """Return a checkpoint's dict, on the CPU."""
     with input_errors(path, "is not a checkpoint of this program"):
-        try:
-            states = torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception:  # of many kinds
-            raise InputError("it is cut, or holds other Python objects than weights") from None
+        states = read_file(path)
         names = [*map(str, states)] if isinstance(states, dict) else [type(states).__name__]
         kind = f"it holds {', '.join(names[:3])}; wanted are config and teacher_state_dict"
         if any(name.endswith("cls_token") for name in names):
-            kind = "it holds weights for timm's or Meta's models"
+            kind = "it holds weights for timm's or Meta's models; INIT_FROM takes them"
         require({"config", "teacher_state_dict"} <= {*names}, kind)
         states["config"] = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict()
         for key in states.keys() & {f"{name}_state_dict" for name in STATES}:
-            # Names of torch.compile and DistributedDataParallel
-            plain = {name.replace("_orig_mod.", ""): t for name, t in states[key].items()}
-            states[key] = {name.removeprefix("module."): t for name, t in plain.items()}
+            states[key] = {WRAPPERS.sub("", name): t for name, t in states[key].items()}
         return states
+
+
+# What torch.compile, DistributedDataParallel and Meta's training put before or into names
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+|_orig_mod\.|(?<=\bblocks)\.\d+(?=\.\d)")
+
+
+def read_weights(path):
+    """Return weights by our names, of projection heads, and the number of attention heads.
+
+    Of a checkpoint all three, of timm's or Meta's networks, or a backbone's state dict, the first.
+    """
+    states = read_file(path)
+    require(isinstance(states, dict), f"it holds a {type(states).__name__}")
+    if "teacher_state_dict" in states:
+        states = read_checkpoint(path)
+        heads = {name: states.get(f"teacher_{name}_state_dict", {}) for name in STATES[2:4]}
+        dims = states["config"]["MODEL_DIMS"][states["config"]["MODEL_SIZE"]]
+        return states["teacher_state_dict"], heads, dims["heads"]
+    states = states.get("teacher", states.get("model", states))
+    weights = {WRAPPERS.sub("", str(name)): value for name, value in states.items()}
+    require("pos_embed" in weights, f"it holds {', '.join([*weights][:3])}, but no pos_embed")
+    if "reg_token" in weights:
+        weights["register_tokens"] = weights.pop("reg_token")
+    if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:
+        weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # the class token has none
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, unless it says
+    for name, values in ("pixel_mean", mean), ("pixel_std", std):
+        weights.setdefault(name, torch.tensor(values).view(3, 1, 1))
+    return weights, {}, None
+
+
+def load_weights(path, model):
+    """Start student and teacher from weights (see read_weights) of networks of this size.
+
+    The position embedding is resized; registers and heads are taken where they fit.
+    """
+    own, fits = model.teacher.state_dict(), []
+    with input_errors(f"INIT_FROM ({path})", "cannot be used"):
+        weights, heads, number = read_weights(path)
+        known = model.teacher.blocks[0].attn.num_heads
+        require(number in (None, known), f"it has {number} attention heads, not {known}")
+        sides = [math.isqrt(t["pos_embed"].shape[1] - 1) for t in (weights, own)]
+        square = sides[0] ** 2 == weights["pos_embed"].shape[1] - 1
+        require(square, "its position embedding is not of a square of patches")
+        weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], (sides[1], sides[1]))
+        none = torch.zeros(1, 0, 1)
+        registers = [t.get("register_tokens", none).shape[1] for t in (weights, own)]
+        if "register_tokens" in own:
+            tokens = [t["register_tokens"].cpu() for t in (weights, own) if "register_tokens" in t]
+            weights["register_tokens"] = torch.cat(tokens, 1)[:, : tokens[-1].shape[1]]
+        for backbone in (model.student, model.teacher):
+            fresh, left = backbone.load_state_dict(weights, strict=False)
+        wrong = [name for name in left if not re.search("^register_tokens|head", name)]
+        wrong += [name for name in fresh if name != "mask_token"]
+        require(not wrong, f"only one of both has {', '.join(wrong[:3])}")
+        for name, state in heads.items():
+            modules = getattr(model, name), getattr(model, f"teacher_{name}")
+            shapes = [{n: t.shape for n, t in s.items()} for s in (modules[0].state_dict(), state)]
+            fits += [name] * (shapes[0] == shapes[1])
+            for module in modules if name in fits else ():
+                module.load_state_dict(state)
+    fresh += [name for name in STATES[2:4] if name not in fits]
+    parts = f"fresh: {', '.join(fresh) or 'none'}; left: {', '.join(left[:3]) or 'none'}"
+    taken = f"{sides[0]}x{sides[0]} positions, {min(registers)} of {registers[1]} registers"
+    print(f"weights of {path[-60:]}\n{taken}; {parts}", flush=True)
 
 
 def load_checkpoint(path, model, optimizer=None):
@@ -1931,6 +2049,8 @@ def find_checkpoint(config):
         path = last if config.RESUME == "newest" else Path(config.RESUME)
         require(path.is_file(), f"RESUME ({config.RESUME!r}) is not a file")
         return path
+    found = not config.INIT_FROM or Path(config.INIT_FROM).is_file()
+    require(found, f"INIT_FROM ({config.INIT_FROM!r}) is not a file")
 
 
 @contextmanager
@@ -1947,7 +2067,7 @@ def lock_output_dir(config):
 def archive_previous_run(folder, keep=None):
     """Move an earlier run's checkpoints, metrics and figures, except keep, to a new folder."""
     names = [f"dinov2_{name}.pth" for name in ("last", "final", "epoch_[0-9]*")]
-    names += ["metrics.jsonl", "figures"]
+    names += ["metrics.jsonl", "figures", "tensorboard"]
     files = [file for name in names for file in folder.glob(name)]
     files = [file for file in files if file.exists() and not (keep and file.samefile(keep))]
     if files:
@@ -1993,6 +2113,7 @@ class MetricLogger:
         self.stride = max(1, min(50, self.total_steps // 100))  # steps between flushes
         self.history, self.epoch_rows, self.pending = [], [], []  # of run, epoch, stride
         self.step, self.checkpoint, self.owns_folder = 0, None, False
+        self.board = None  # of TensorBoard
 
     def restore(self, states, path):
         """Resume a run; if images per step changed, after as many epochs."""
@@ -2024,6 +2145,27 @@ class MetricLogger:
 
     def log(self, event, **values):
         self.history.append({"event": event, **values})
+        self.show(self.history[-1:])
+
+    def show(self, records):
+        """Send records to TensorBoard, if it is wanted and this run has written something."""
+        if self.config.TENSORBOARD and self.owns_folder and not rank():
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = Path(self.config.OUTPUT_DIR, "tensorboard")
+            if self.board is None:  # what an interrupted run wrote is shown from its records
+                self.board, records = SummaryWriter(folder, purge_step=0), self.history
+            for row in records:
+                for name, value in row.items():
+                    if isinstance(value, float):
+                        self.board.add_scalar(f"{row['event']}/{name}", value, row.get("step", 0))
+
+    def show_figures(self):
+        for path in Path(self.config.OUTPUT_DIR, "figures").glob("*.png") if self.board else ():
+            pixels = np.array(Image.open(path).convert("RGB"))
+            self.board.add_image(path.stem, pixels, self.step, dataformats="HWC")
+        if self.board:
+            self.board.close()
 
     def find(self, event):
         return next((r for r in reversed(self.history) if r["event"] == event), {})
@@ -2105,84 +2247,290 @@ def mean_of_steps(rows):
     return {**means, "skipped": len(rows) - len(used)}
 
 
-def measure_baseline(model, images, mean, std):
-    """Return evaluate's scores of the untrained network and of raw pixels; print the k-NN ones."""
-    print("measuring raw pixels and the untrained network ...", flush=True)
+def measure_baseline(model, images):
+    """Return evaluate's scores of the network as it starts, and of raw pixels; print k-NN."""
+    start = name_of_start(model.config)
+    print(f"measuring raw pixels and the {start} ...", flush=True)
     scores = evaluate(model, images, linear=True)
     if not scores:
         print(f"no evaluation: {images.obstacle}", flush=True)
         return {}
-    pixels = raw_pixel_knn(images, mean, std)
-    print(f"k-NN: raw pixels {pixels:.1%}, untrained network {scores['knn']:.1%}", flush=True)
-    return {**scores, "raw_pixels_knn": pixels}
+    teacher = model.teacher
+    pixels = raw_pixel_scores(images, teacher.pixel_mean.tolist(), teacher.pixel_std.tolist())
+    knn = pixels["raw_pixels_knn"]
+    print(f"k-NN: raw pixels {knn:.1%}, {start} {scores['knn']:.1%}", flush=True)
+    return {**scores, **pixels}
+
+
+def name_of_start(config):
+    return "network at start" if config.INIT_FROM else "untrained network"
 
 
 def print_summary(logger):
     baseline, scores = logger.find("baseline"), logger.find("epoch")
     if "linear" in scores and "linear" in baseline:
         print(f"\n{'':18}{'k-NN':>8}{'linear':>8}{'RankMe':>8}")
-        print(f"{'raw pixels':18}{baseline['raw_pixels_knn']:8.1%}")
-        for name, row in (("untrained network", baseline), ("trained teacher", scores)):
+        pixels = [f"{baseline.get(f'raw_pixels_{name}', 0):8.1%}" for name in ("knn", "linear")]
+        print(f"{'raw pixels':18}{''.join(pixels)}")
+        start = name_of_start(logger.config)
+        for name, row in ((start, baseline), ("trained teacher", scores)):
             print(f"{name:18}{row['knn']:8.1%}{row['linear']:8.1%}{row['rank']:8.1f}")
     folder = f"; files in {logger.config.OUTPUT_DIR}" if logger.owns_folder else ""
     print(f"{scores['seconds'] / 60:.1f} minutes{folder}")
 
 
-def save_grid(columns, path):
-    """Save batches of images (B,3,S,S), in 0..1, as the columns of one PNG."""
-    tiles = torch.stack([F.interpolate(x.float().cpu(), (64, 64)) for x in columns], 1)
-    save_image(tiles.flatten(0, 1), path, nrow=len(columns), padding=4, pad_value=1.0)
+def draw_checkpoint(config, path):
+    """Draw the figures of a checkpoint's teacher, for DATASET, in a folder of OUTPUT_DIR."""
+    history, backbone = read_checkpoint(path).get("history", []), load_backbone(path, config.DEVICE)
+    with lock_output_dir(config):
+        taken = Path(config.OUTPUT_DIR, "figures").exists()  # by a run
+        folder = f"figures-{Path(path).stem}" if taken else "figures"
+        plot_figures(backbone, prepare_images(config), config, history, folder)
+    print(f"figures in {Path(config.OUTPUT_DIR, folder)}")
 
 
-def plot_figures(model, images, transform, history):
-    """Save views.png, attention.png and pca.png, in which a row is an image, and curves.png."""
-    from matplotlib.figure import Figure  # its import may write a font cache
+def plot_figures(backbone, images, config, history=(), folder="figures"):
+    """Save PNG files in a folder of OUTPUT_DIR: what a teacher makes of images, a run's curves."""
+    folder = Path(config.OUTPUT_DIR, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    bank, labels = spaced(images.train_images, images.train_labels, 10_000)
+    tests = images[2:4] if images.test_images is not None else images[:2]
+    x, y = spaced(*tests, 400)
+    some, _ = spaced(x, None, 8)
+    plot_views(backbone, some, config, folder / "views.png")
+    plot_attention(backbone, some, folder / "attention.png")
+    groups = {str(name): x[y == i][:8] for i, name in enumerate(images.classes)}
+    groups = {name: group for name, group in groups.items() if len(group)}
+    plot_patches(backbone, dict([*groups.items()][:3]) or {"image": some}, folder / "pca.png")
+    features = (extract_features(backbone, t).cpu() for t in (bank, x))
+    z, z_test = (F.normalize(t, dim=1) for t in features)
+    sets, names = ((bank, z, labels), (x, z_test, y)), [*map(str, images.classes), ""]
+    plot_neighbors(*sets, names, folder / "neighbours.png")
+    plot_map(*sets, names, folder / "map.png")
+    if any(row["event"] == "step" for row in history):
+        plot_curves(history, folder / "curves.png")
 
-    c, backbone, folder = model.config, model.teacher, Path(model.config.OUTPUT_DIR, "figures")
-    folder.mkdir(exist_ok=True)
-    x = images.train_images if images.test_images is None else images.test_images
-    x = x[torch.linspace(0, len(x) - 1, 8, dtype=torch.double).long()]  # (8,3,H,W)
 
-    # Global crops with masked patches in gray, and local crops
-    views = [(view * transform.std + transform.mean).cpu() for view in transform(x)]
+def spaced(images, labels, most):
+    """Return at most so many images, evenly spaced, and their labels, on the CPU."""
+    indices = torch.linspace(0, len(images) - 1, min(most, len(images)), dtype=torch.double).long()
+    labels = torch.full((len(images),), -1) if labels is None else labels.cpu()
+    return images[indices.to(images.device)].cpu(), labels[indices]
+
+
+def save_grid(rows, title, path):
+    """Save rows (name, images (n,3,h,w) in 0..1[, n captions and colors of frames]) as a PNG."""
+    width, left, head = 1260, 110 * any(name for name, *_ in rows), 26  # pixels
+    step = min((width - left) // max(len(images) for _, images, *_ in rows), 240)
+    line = step + head * (len(rows[0]) > 2)
+    canvas = Image.new("RGB", (width, 2 * head + line * len(rows)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(20)
+    draw.text((width // 2, 4), title, "black", font, "ma")
+    for r, (name, images, *captions) in enumerate(rows):
+        bottom = 2 * head + line * (r + 1)
+        draw.text((0, bottom - step // 2), name[:11], "black", font, "lm")
+        for i, image in enumerate(images.float().clamp(0, 1)):
+            tile = TF.to_pil_image(image).resize((step - 12, step - 12), Image.Resampling.NEAREST)
+            x, y = left + i * step + 6, bottom - step + 6
+            canvas.paste(tile, (x, y))
+            for text, color in captions[0][i : i + 1] if captions else ():
+                draw.text((x + step // 2 - 6, y - 8), text, color, font, "ms")
+                draw.rectangle((x - 4, y - 4, x + step - 9, y + step - 9), outline=color, width=5)
+    canvas.save(path)
+
+
+def plot_views(backbone, x, config, path):
+    c = config
+    transform = make_transform(c, backbone)
     side = c.GLOBAL_CROP_SIZE // c.PATCH_SIZE
     masks = MaskGenerator(c).draw()[0].cpu().view(-1, 1, side, side)
     masks = F.interpolate(masks.float(), scale_factor=float(c.PATCH_SIZE)) > 0  # (R,1,S,S)
-    for v in range(c.GLOBAL_CROPS_NUMBER):
-        crop = torch.arange(8) * c.GLOBAL_CROPS_NUMBER + v
-        views[v] = torch.where(masks[crop % len(masks)], 0.5, views[v])
-    save_grid([x / 255, *views], folder / "views.png")
+    rows = [("image", x / 255)]
+    for v, view in enumerate(transform(x)):
+        name, view = f"local {v + 1 - c.GLOBAL_CROPS_NUMBER}", view * transform.std + transform.mean
+        if v < c.GLOBAL_CROPS_NUMBER:
+            crops = torch.arange(len(x)) + v * c.BATCH_SIZE
+            name, view = f"global {v + 1}", torch.where(masks[crops % len(masks)], 0.5, view)
+        rows.append((name, view))
+    save_grid(rows, "What the networks see of each image; gray: masked from the student", path)
 
-    # Each head's attention of the class token, on images twice as large
-    attention, qkv, large = backbone.blocks[-1].attn, [], [2 * side for side in x.shape[-2:]]
-    hook = attention.qkv.register_forward_hook(lambda *args: qkv.append(args[-1].float()))
-    extract_features(backbone, TF.resize(x, large))
+
+def enlarge(backbone, images):
+    """Return images of four times as many patches a side, at most 32, and that number."""
+    p, side = backbone.patch_embed.patch_size, images.shape[-1] // backbone.patch_embed.patch_size
+    side = max(side, min(4 * side, 32))
+    return TF.resize(images, [side * p, side * p], TF.InterpolationMode.BICUBIC), side
+
+
+def plot_attention(backbone, x, path):
+    from matplotlib import colormaps
+
+    attention, qkv = backbone.blocks[-1].attn, []
+    hook = attention.qkv.register_forward_hook(lambda *args: qkv.append(args[-1].float().cpu()))
+    large, side = enlarge(backbone, x)
+    extract_features(backbone, large)
     hook.remove()
     q, k, _ = rearrange(qkv[0], "b t (n h d) -> n b h t d", n=3, h=attention.num_heads)
-    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (8,heads,1,T)
-    rows = large[0] // backbone.patch_embed.patch_size
-    maps = weights[..., backbone.num_prefix_tokens :].unflatten(-1, (rows, -1))
-    maps = (maps / maps.amax((-2, -1), keepdim=True)).expand(-1, -1, 3, -1, -1)
-    save_grid([x / 255, *maps.unbind(1)], folder / "attention.png")
+    weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]  # (8,heads,T)
+    maps = weights[..., backbone.num_prefix_tokens :].unflatten(-1, (side, side))
+    maps = torch.cat([maps.mean(1, keepdim=True), maps[:, :6]], 1)
+    maps = maps / maps.amax((2, 3), keepdim=True)
+    colors = torch.from_numpy(colormaps["inferno"](maps.numpy())[..., :3])
+    gray, rows = 0.3 * TF.rgb_to_grayscale(large / 255, 3), [("image", x / 255)]
+    for i, color in enumerate(colors.movedim(-1, 2).unbind(1)):  # (8,3,side,side)
+        name = f"head {i}" if i else "mean"
+        rows.append((name, gray + 0.7 * F.interpolate(color, gray.shape[2:])))
+    save_grid(rows, "Where the class token looks in the last block; brighter: more", path)
 
-    # Three principal components of the patch tokens as red, green and blue
-    patches = extract_features(backbone, x, patches=True).cpu()  # (8,N,D)
-    patches = patches - patches.mean((0, 1))
-    colors = patches @ torch.linalg.svd(patches.flatten(0, 1), full_matrices=False).Vh[:3].T
-    colors = F.pad(colors, (0, 3))[..., :3]  # a width below 3
-    low, high = colors.flatten(0, 1).quantile(torch.tensor([0.02, 0.98]), 0)
-    colors = (colors - low) / (high - low).clamp(min=1e-9)
-    save_grid([x / 255, colors.mT.unflatten(-1, (rows // 2, -1))], folder / "pca.png")
 
-    # Losses, accuracy, rank and schedules over the steps
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    panels = ["img", "patch", "koleo", "teacher_entropy", "knn", "rank", "lr", "momentum"]
-    for axis, key in zip(figure.subplots(2, 4).flat, panels, strict=True):
+def plot_patches(backbone, groups, path):
+    """Plot three principal components of the patch features of each group's images together."""
+    rows = []
+    for name, x in groups.items():
+        large, side = enlarge(backbone, x)
+        z = extract_features(backbone, large, patches=True).cpu().unflatten(1, (side, side))
+        border = torch.ones(side, side, dtype=torch.bool)
+        border[1:-1, 1:-1] = False
+        inner = torch.zeros_like(border)
+        inner[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
+        middle, edge = (z[:, part].mean((0, 1)) for part in (inner, border))
+        inside = (z - (middle + edge) / 2) @ (middle - edge) > 0  # (8,side,side)
+        inside |= ~inside.any()
+        z = z - z[inside].mean(0)
+        colors = z @ torch.linalg.svd(z[inside], full_matrices=False).Vh[:3].T
+        colors = F.pad(colors, (0, 3))[..., :3]  # a width below 3
+        low, high = colors[inside].quantile(torch.tensor([0.02, 0.98]), 0)
+        colors = ((colors - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+        rows += [(name, x / 255), ("patches", (colors * inside.unsqueeze(-1)).movedim(-1, 1))]
+    text = "black: more like the images' border than their middle"
+    save_grid(rows, f"Principal components of patch features as colors; {text}", path)
+
+
+def plot_neighbors(bank, queries, names, path):
+    (x, z, y), (x_test, z_test, y_test) = bank, queries
+    rows, columns = [], torch.linspace(0, len(x_test) - 1, min(6, len(x_test))).long()
+    for i in columns.tolist():
+        cosine, nearest = (z_test[i] @ z.T).topk(min(6, len(z)))
+        first = int(torch.equal(x[nearest[0]], x_test[i]))  # itself, without test images
+        cosine, nearest = cosine[first : first + 5], nearest[first : first + 5]
+        captions = [(names[y_test[i]][:11], "black")]
+        for similarity, label in zip(cosine, y[nearest], strict=True):
+            mark, color = ("=", "#0072b2") if label == y_test[i] else ("x", "#d55e00")
+            mark, color = (mark, color) if min(label, y_test[i]) >= 0 else ("", "black")
+            captions.append((f"{mark} {names[label][:11]} {similarity:.2f}", color))
+        rows.append(("", torch.cat([x_test[i : i + 1], x[nearest]]) / 255, captions))
+    title = "Images and training images of similar features; cosine; =: same class, x: another"
+    save_grid(rows, title, path)
+
+
+def plot_map(bank, queries, names, path):
+    (_, z, y), (x_test, z_test, _) = bank, queries
+    means = {name: z[y == i].mean(0) for i, name in enumerate(names[:-1]) if (y == i).any()}
+    points = torch.stack([*means.values()]) if len(means) > 2 else z
+    axes = torch.linalg.svd(points - points.mean(0), full_matrices=False).Vh[:2].T  # (D,2)
+    low, high = (z_test @ axes).quantile(torch.tensor([0.01, 0.99]), 0)
+    canvas, tile, font = Image.new("RGB", (1260, 900), "white"), 36, ImageFont.load_default(20)
+    draw = ImageDraw.Draw(canvas)
+
+    def place(features):
+        place = ((features @ axes - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+        return (place * torch.tensor([1260 - 120, 900 - 100]) + torch.tensor([60, 60])).tolist()
+
+    for image, features in zip(x_test, z_test, strict=True):
+        picture, (u, v) = TF.to_pil_image(image).resize((tile, tile)), place(features)
+        canvas.paste(picture, (round(u) - tile // 2, round(v) - tile // 2))
+    for name, mean in means.items() if len(means) <= 20 else ():
+        name = name[:11]
+        box = draw.textbbox(place(mean), name, font, "mm")
+        draw.rectangle((box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4), "white", "black")
+        draw.text(place(mean), name, "black", font, "mm")
+    kind = "their features" if points is z else "the features' class means"
+    draw.text((630, 4), f"Images by two principal components of {kind}", "black", font, "ma")
+    canvas.save(path)
+
+
+def plot_curves(history, path):
+    from matplotlib.figure import Figure  # its import may write a font cache
+
+    panels = {"img": "image loss (nats)", "patch": "patch loss (nats)", "koleo": "KoLeo"}
+    panels |= {
+        "kl": "KL from targets (nats)",
+        "knn": "k-NN accuracy",
+        "rank": "RankMe (dimensions)",
+    }
+    panels |= {
+        "teacher_entropy": "target entropy (nats)",
+        "prototypes": "prototypes in use / usable",
+    }
+    panels |= {"lr": "learning rate", "momentum": "teacher momentum"}
+    panels |= {"teacher_temp": "teacher temperature", "weight_decay": "weight decay"}
+    figure = Figure(figsize=(8.4, 6), dpi=150, layout="constrained")
+    axes = figure.subplots(3, 4)
+    for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
         events = ("baseline", "epoch") if key in ("knn", "rank") else ("step",)
         points = [(r.get("step", 0), r[key]) for r in history if r["event"] in events and key in r]
-        axis.plot([step for step, _ in points], [value for _, value in points], ".-")
-        axis.set(title=key, xlabel="step")
-    figure.savefig(folder / "curves.png")
+        style = ".-" if len(points) < 30 else "-"
+        axis.plot([x for x, _ in points], [y for _, y in points], style, color="#0072b2")
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=7)
+        for row in history if key == "knn" else ():
+            if "raw_pixels_knn" in row:
+                axis.axhline(row["raw_pixels_knn"], color="gray", linestyle="--")
+                axis.text(0, row["raw_pixels_knn"], "raw pixels", fontsize=7, va="bottom")
+    figure.savefig(path)
+
+
+def embed_images(config, source, patches=False):
+    """Save features of a folder's, .npz's or .npy's images in OUTPUT_DIR/features.npz, bit by bit.
+
+    features (n,D): class tokens of RESUME's teacher; with patches also patch_features (n,N,D).
+    names (n,): files below source, or such as x_train[0]; labels (n,), "" or -1 where unknown.
+    Files with over 8 bits: the first 512 give the scale.
+    """
+    path, output = find_checkpoint(config), Path(config.OUTPUT_DIR, "features.npz")
+    require(path, "--embed needs --resume CHECKPOINT")
+    require(not output.exists(), f"{output} exists; move it, or give another --output-dir")
+    backbone, root = load_backbone(path, config.DEVICE), Path(source).resolve()
+    grid, splits = backbone.patch_embed, {}
+    if root.is_dir():
+        splits = load_folder(root)
+    elif root.is_file():
+        data = {name.casefold(): array for name, array in load_arrays(root).items()}
+        splits = {x: (data[x], data.get(y)) for x, y in TRAIN + TEST if len(data.get(x, ()))}
+    require(splits, f"{source!r} is not a folder, .npz (see as_images) or .npy of images")
+    for name, (x, y) in splits.items():
+        fits = isinstance(x, list) or x.ndim == 4 or (x.ndim == 3 and x.shape[2] > 4)
+        require(fits, f"{name} must be a batch of images, not {getattr(x, 'shape', '')}")
+        require(y is None or len(y) == len(x), f"{name} has {len(x)} images, but other labels")
+    count, size = sum(len(x) for x, _ in splits.values()), math.isqrt(grid.num_patches)
+    shapes = {"features": (count, backbone.cls_token.shape[-1])}
+    if patches:
+        shapes["patch_features"] = (count, grid.num_patches, shapes["features"][1])
+    names, labels, levels, tables = [], [], None, {}
+    with lock_output_dir(config), tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        for name, shape in shapes.items():
+            tables[name] = np.lib.format.open_memmap(Path(folder, name), "w+", np.float32, shape)
+        for split, (x, y) in splits.items():
+            y = [None] * len(x) if y is None else [*map(plain_label, y)]
+            items = read_items(x, range(len(x)), size * grid.patch_size)
+            items = iter(tqdm(items, split, len(x), disable=None))
+            while part := [*islice(items, 512)]:
+                batch, indices, levels = stack_images(part, len(part), levels)
+                for name, table in tables.items():
+                    options = {"patches": name != "features", "precision": config.PRECISION}
+                    z = extract_features(backbone, batch, **options)
+                    table[len(names) : len(names) + len(z)] = z.cpu().numpy()
+                labels += [y[i] for i in indices]
+                files = isinstance(x, list)
+                names += [
+                    str(x[i].relative_to(root)) if files else f"{split}[{i}]" for i in indices
+                ]
+        unknown = "" if any(isinstance(label, str) for label in labels) else -1
+        labels = [unknown if label is None else label for label in labels]
+        arrays = {name: table[: len(names)] for name, table in tables.items()}
+        np.savez(Path(folder, "all.npz"), **arrays, names=np.array(names), labels=np.array(labels))
+        Path(folder, "all.npz").replace(output)
+    print(f"features of {len(names):,} images in {output}")
 
 
 # ---- Command line ----
@@ -2253,7 +2601,7 @@ RANGES = {  # of numbers; the others are at least 0
     "GLOBAL_CROPS_SCALE LOCAL_CROPS_SCALE": (1e-3, 1),
     "DROP_PATH DROPOUT": (0, 0.99),
     "COLOR_JITTER_PROB GRAYSCALE_PROB MASK_PROB MASK_RATIO": (0, 1),
-    "TEACHER_TEMP_WARMUP WARMUP EMA_START EMA_END FREEZE_PROTOTYPES": (0, 1),
+    "TEACHER_TEMP_WARMUP WARMUP EMA_START EMA_END FREEZE_PROTOTYPES FREEZE_BACKBONE": (0, 1),
 }
 RANGES = {name: ends for names, ends in RANGES.items() for name in names.split()}
 
@@ -2306,30 +2654,71 @@ def validate(c):
         require((device.index or 0) < count, f"there are {count} such devices")
 
 
-def parse_arguments(argv=None):
-    """Return the Config of command-line flags, one for each constant."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    comments = dict(re.findall(r"^    ([A-Z_]+) = .*?  # (.*)$", source, re.MULTILINE))
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def read_settings(path):
+    """Return a run's settings, from its checkpoint or metrics.jsonl, but no files or device."""
+    with input_errors(path, "has no settings of a run"):
+        if Path(path).suffix in (".json", ".jsonl"):
+            text = Path(path).read_text(encoding="utf-8")
+            first = json.loads(text.splitlines()[0] if path.endswith("l") else text)
+            settings = first.get("config", first)
+        else:
+            settings = read_checkpoint(path)["config"]
+        left = ("OUTPUT_DIR", "DEVICE", "RESUME")
+        return {name: value for name, value in settings.items() if name not in left}
+
+
+def parse_flags(argv=None):
+    """Return the settings and the task (draw, embed) that command-line flags give."""
+    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1].split("def ")[0]
+    usage = "dinov2_cifar.py [--quick | --hour | --config FILE] [--SETTING X]..."
+    options = {"description": __doc__.split("\n")[0], "usage": usage, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(**options, argument_default=argparse.SUPPRESS)
     parser.error = exit_with_error
     presets = parser.add_mutually_exclusive_group()
     fixed = {"action": "store_const", "dest": "preset"}
     presets.add_argument("--quick", const=QUICK, help="tiny network on shapes; see QUICK", **fixed)
     presets.add_argument("--hour", const=HOUR, help="CIFAR-10 on a CPU; see HOUR", **fixed)
+    text = "settings of a run: its checkpoint or metrics.jsonl"
+    presets.add_argument("--config", dest="preset", metavar="FILE", help=text)
+    text = "draw the figures of a checkpoint, and stop"
+    presets.add_argument("--draw", metavar="CHECKPOINT", help=text)
+    text = "save features.npz of a folder or .npz with the network of --resume, and stop"
+    presets.add_argument("--embed", metavar="FOLDER", help=text)
+    parser.add_argument("--patches", action="store_true", help="with --embed: patch tokens, too")
     kinds = {
         bool: {"action": argparse.BooleanOptionalAction},
         tuple: {"type": float, "nargs": "+", "metavar": "X"},
         dict: {"type": json.loads, "metavar": "JSON"},
     }
-    for name, default in CONSTANTS.items():
-        kind = type(default)
+    group = parser
+    for title, name, comment in re.findall(
+        r"^    (?:# (.*)|([A-Z_]+) = .*?  # (.*))$", source, re.M
+    ):
+        if title:
+            group = parser.add_argument_group(title)
+        if name not in CONSTANTS:
+            continue
+        kind, value = type(CONSTANTS[name]), getattr(Config, name)
         options = dict(kinds.get(kind, {"type": kind, "metavar": kind.__name__.upper()}))
         options |= {"nargs": "?", "const": "newest"} if name == "RESUME" else {}
-        text = f"{comments[name]} [{getattr(Config, name)}]".removesuffix(" []").replace("%", "%%")
-        flag = "--" + name.lower().replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **options)
-    given = {name.upper(): value for name, value in vars(parser.parse_args(argv)).items()}
-    return Config(**{**(given.pop("PRESET") or {}), **given})
+        shown = {tuple: lambda v: " ".join(map(str, v)), dict: json.dumps}.get(kind, str)(value)
+        text = f"{comment} [{shown}]".removesuffix(" []").replace("%", "%%")
+        group.add_argument("--" + name.lower().replace("_", "-"), help=text, **options)
+    given, unknown = parser.parse_known_args(argv)
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    close = difflib.get_close_matches(unknown[0].split("=")[0], known, 1) if unknown else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    require(not unknown, f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    given = {name.upper(): value for name, value in vars(given).items()}
+    task = {name: given.pop(name) for name in ("DRAW", "EMBED", "PATCHES") if name in given}
+    require("PATCHES" not in task or "EMBED" in task, "--patches belongs to --embed")
+    preset = given.pop("PRESET", task.get("DRAW", {}))
+    return {**(read_settings(preset) if isinstance(preset, str) else preset), **given}, task
+
+
+def parse_arguments(argv=None):
+    """Return the Config of command-line flags, one for each constant."""
+    return Config(**parse_flags(argv)[0])
 
 
 class StopRequest:
@@ -2364,7 +2753,13 @@ def main(argv=None):
     """Exit with 0, or with 2 and one line where the input cannot be used."""
     sys.stdout.reconfigure(errors="backslashreplace")  # odd file names
     try:
-        train_dinov2(parse_arguments(argv))
+        settings, task = parse_flags(argv)
+        if "DRAW" in task:
+            draw_checkpoint(Config(**settings), task["DRAW"])
+        elif "EMBED" in task:
+            embed_images(Config(**settings), task["EMBED"], task.get("PATCHES", False))
+        else:
+            train_dinov2(Config(**settings))
     except (InputError, OSError) as error:
         exit_with_error(error)
     except RuntimeError as error:  # torch has no type for a CPU out of memory
@@ -2377,9 +2772,10 @@ def main(argv=None):
 
 __all__ = """Config HOUR QUICK InputError MultiCropTransform MultiCropDataset PatchEmbedding
     MultiHeadAttention MLP TransformerBlock VisionTransformer ProjectionHead DINOv2
-    sinkhorn_knopp_centering dino_loss ibot_loss koleo_regularizer generate_random_mask
-    generate_block_mask CosineScheduler train_dinov2 save_checkpoint load_checkpoint
-    load_backbone extract_features knn_accuracy linear_probe rank_me make_shapes""".split()
+    sinkhorn_knopp_centering dino_loss multi_crop_dino_loss ibot_loss koleo_regularizer
+    generate_random_mask generate_block_mask MaskGenerator CosineScheduler train_dinov2
+    save_checkpoint load_checkpoint load_backbone extract_features knn_accuracy linear_probe
+    rank_me make_shapes""".split()
 
 if __name__ == "__main__":
     main()

@@ -117,7 +117,7 @@ def count_operations(device, **settings):
     views, counts["views"] = count(step.views)
     masks, counts["masks"] = count(step.masks)
     temperature = torch.full((), 0.02, device=device)
-    with dinov2.autocast(step.config):
+    with dinov2.autocast(step.config.DEVICE, step.config.PRECISION):
         losses, counts["forward"] = count(
             lambda: step.model(views, masks[0], temperature, masks[1])
         )

@@ -52,6 +52,8 @@ class LightlyBackbone(nn.Module):
 class LightlyDINOv2(nn.Module):
     """lightly's parts with the interface of DINOv2."""
 
+    set_pixel_statistics = dinov2.DINOv2.set_pixel_statistics
+
     def __init__(self, config):
         super().__init__()
         from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
@@ -114,13 +116,13 @@ class LightlyDINOv2(nn.Module):
 
 def make_optimizer(model):
     """Return AdamW with the groups of dinov2_cifar.make_optimizer."""
-    groups = {"matrices": [], "vectors": [], "prototypes": []}
+    groups = {(True, "lr"): [], (False, "lr"): [], (True, "prototype_lr"): []}
     for module in model.student_modules:
         for name, parameter in module.named_parameters():
-            is_vector = parameter.ndim == 1 or parameter.shape[:2] == (1, 1)  # or a single token
-            group = "vectors" if is_vector else "matrices"
-            groups["prototypes" if "last_layer" in name else group].append(parameter)
-    groups = [{"name": name, "params": parameters} for name, parameters in groups.items()]
+            decays = parameter.ndim > 1 and parameter.shape[:2] != (1, 1)  # not a single token
+            key = (True, "prototype_lr") if "last_layer" in name else (decays, "lr")
+            groups[key].append(parameter)
+    groups = [{"params": p, "decays": key[0], "rate": key[1]} for key, p in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 

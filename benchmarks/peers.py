@@ -41,6 +41,8 @@ LOSSES = {"simclr": nt_xent_loss, "vicreg": vicreg_loss}
 class Peer(nn.Module):
     """A network and its head, with the interface of DINOv2; it is its own teacher."""
 
+    set_pixel_statistics = dinov2.DINOv2.set_pixel_statistics
+
     def __init__(self, config, name):
         super().__init__()
         c, self.config, self.loss = config, config, LOSSES[name]

@@ -59,7 +59,7 @@ def environment(config):
         "cpu_features": [name for name in ("avx512_bf16", "amx_bf16") if features.get(name)],
         "cores": os.cpu_count(),
         "torch": str(torch.__version__),
-        "precision": "bf16" if dinov2.use_bf16(config) else "fp32",
+        "precision": "bf16" if dinov2.use_bf16(config.DEVICE, config.PRECISION) else "fp32",
         "commit": commit or None,
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -185,7 +185,8 @@ class Step:
         images = torch.randint(256, (n, 3, c.IMAGE_SIZE, c.IMAGE_SIZE), dtype=torch.uint8)
         images = dinov2.prepare_images(c, images)
         mean, std = dinov2.channel_mean_std(images.train_images)
-        self.model = dinov2.make_model(c, mean, std)
+        self.model = dinov2.DINOv2(c).to(c.DEVICE)
+        self.model.set_pixel_statistics(mean, std)
         self.optimizer = dinov2.make_optimizer(self.model)
         sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
         self.crops = dinov2.MultiCropDataset(

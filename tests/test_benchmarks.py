@@ -143,7 +143,7 @@ def test_lightly_losses_have_our_units(small):
     close(found, torch.stack([img + 0.7 * patch + 0.3 * koleo, img, patch, koleo]), 1e-4)
     for group in make_optimizer(model).param_groups:
         rows = {len(parameter) for parameter in group["params"]}
-        assert (rows == {16}) == (group["name"] == "prototypes")
+        assert (rows == {16}) == (group["rate"] == "prototype_lr")
 
 
 @pytest.mark.parametrize("name", peers.LOSSES)

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 import dinov2_cifar
-from dinov2_cifar import Config, InputError, as_images, make_shapes, prepare_images
+from dinov2_cifar import Config, InputError, as_images, make_shapes, prepare_images, train_dinov2
 
 
 def prepare(dataset=None, **settings):
@@ -186,7 +186,8 @@ def cifar(monkeypatch):
         if fake.error is not None:
             raise fake.error
         Path(root, fake.filename).touch()
-        return SimpleNamespace(data=arrays(noise(5 + train)), targets=[*range(5 + train)])
+        numbers = [*range(5 + train)]
+        return SimpleNamespace(data=arrays(noise(5 + train)), targets=numbers, classes="abcdef")
 
     fake.filename, fake.error, fake.calls = "cifar-python.tar.gz", None, []
     monkeypatch.setattr(dinov2_cifar, "datasets", SimpleNamespace(CIFAR10=fake, CIFAR100=fake))
@@ -221,7 +222,8 @@ def test_cifar_missing_is_refused_and_auto_falls_back(cifar, error, capsys, smal
     assert start["data"] == checkpoint["data"]["name"] == "shapes (no CIFAR-10)"
 
 
-def test_train_images_is_a_fixed_random_subset():
+def test_train_images_is_a_fixed_random_subset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 32, 32)
     dataset = (images, torch.arange(40), images, torch.arange(40))
     x, y, *test = prepare(dataset, TRAIN_IMAGES=10)[:4]
@@ -229,7 +231,8 @@ def test_train_images_is_a_fixed_random_subset():
     check((x, y, *test), *prepare(dataset, TRAIN_IMAGES=10, SEED=1)[:2], *dataset[2:])
     for n in (0, 40, 41):
         check(prepare(dataset, TRAIN_IMAGES=n, BATCH_SIZE=40), *dataset)
-    expect_error("BATCH_SIZE (5)", "there are 4", dataset=dataset, BATCH_SIZE=5, TRAIN_IMAGES=4)
+    with pytest.raises(InputError, match="BATCH_SIZE .5. needs 5 images per step, there are 4"):
+        train_dinov2(Config(**{**SMALL, "BATCH_SIZE": 5, "TRAIN_IMAGES": 4}), dataset)
 
 
 def test_validation_images_are_training_images_in_place_of_test_images():
@@ -647,8 +650,8 @@ BAD = {  # a dataset, and words of its error
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_dataset_is_refused_before_a_network_is_built(name, small, monkeypatch):
-    monkeypatch.setattr(dinov2_cifar, "make_model", lambda *args: pytest.fail("built a network"))
+def test_bad_dataset_is_refused_before_anything_is_measured(name, small, monkeypatch):
+    monkeypatch.setattr(dinov2_cifar, "measure_baseline", lambda *args: pytest.fail("measured"))
     dataset, words = BAD[name]
     with pytest.raises(InputError, match="^.+$") as caught:
         as_images(dataset) if name == "sizes" else dinov2_cifar.train_dinov2(small(), dataset)

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -49,21 +50,29 @@ def clusters(rows, spread):
 
 
 def test_extract_features_gives_the_teacher_s_tokens_of_normalized_pixels(model):
+    extract = partial(extract_features, precision="fp32")
     pixels = (IMAGES / 255 - MEAN) / STD
     tokens, patches = (t.detach() for t in model.teacher(pixels))
-    assert not extract_features(model, IMAGES).requires_grad
+    assert not extract(model, IMAGES).requires_grad
     for batch_size in (1, 4, 500):
-        close(extract_features(model, IMAGES, batch_size), tokens)
-        close(extract_features(model, IMAGES, batch_size, patches=True), patches)
+        close(extract(model, IMAGES, batch_size), tokens)
+        close(extract(model, IMAGES, batch_size, patches=True), patches)
         both = torch.cat([tokens, patches.mean(1)], 1)
-        close(extract_features(model, IMAGES, batch_size, avgpool=True), both)
-    close(extract_features(model.teacher, pixels), tokens)  # floats are used as they are
-    student = extract_features(model.student, IMAGES)
+        close(extract(model, IMAGES, batch_size, avgpool=True), both)
+    close(extract(model.teacher, pixels), tokens)  # floats are used as they are
+    student = extract(model.student, IMAGES)
     close(student, model.student.eval()(pixels)[0].detach())
     assert (student - tokens).abs().max() > 0.01
-    with torch.autocast("cpu", torch.bfloat16):
-        assert extract_features(model, IMAGES).dtype == torch.float32
     assert extract_features(model.bfloat16(), pixels.bfloat16()).dtype == torch.float32
+
+
+def test_extract_features_computes_as_evaluate_does(model):
+    model.config.PRECISION = "auto"
+    images = Images(IMAGES, torch.arange(len(IMAGES)) % 2, IMAGES, torch.arange(len(IMAGES)) % 2)
+    assert dinov2_cifar.evaluate(model, images)["rank"] == rank_me(extract_features(model, IMAGES))
+    exact, rough = (extract_features(model, IMAGES, precision=name) for name in ("fp32", "bf16"))
+    assert exact.dtype == rough.dtype == torch.float32
+    assert 1e-5 < (exact - rough).abs().max() < 0.1
 
 
 def test_extract_features_takes_images_of_every_form(model):
@@ -201,17 +210,34 @@ def test_raw_pixel_knn_normalizes():
     values = torch.tensor([100, 140, 105, 145], dtype=torch.uint8)  # on either side of 120
     x, y = values.view(4, 1, 1, 1).expand(-1, 3, 4, 4), torch.tensor([0, 1, 0, 1])
     data = Images(x[:2], y[:2], x[2:], y[2:])
-    assert dinov2_cifar.raw_pixel_knn(data, [120 / 255] * 3, [0.1] * 3) == 1
-    assert dinov2_cifar.raw_pixel_knn(data, [0.0] * 3, [0.1] * 3) == 0.5  # all of one direction
+    pixels = [dinov2_cifar.raw_pixel_scores(data, [m] * 3, [0.1] * 3) for m in (120 / 255, 0.0)]
+    assert [scores["raw_pixels_knn"] for scores in pixels] == [1, 0.5]  # 0.5: all of one direction
+
+
+def test_raw_pixels_linear_probe_sees_means_of_8_x_8_parts(monkeypatch):
+    x, y = torch.randint(256, (6, 3, 32, 16), dtype=torch.uint8), torch.tensor([0, 1, -1, 1, 0, 1])
+    probe = Mock(return_value=0.25)
+    monkeypatch.setattr(dinov2_cifar, "linear_probe", probe)
+    scores = dinov2_cifar.raw_pixel_scores(Images(x, y, x[:2], y[:2]), [0.5] * 3, [0.1] * 3)
+    assert scores["raw_pixels_linear"] == 0.25
+    parts = (
+        ((x / 255 - 0.5) / 0.1).unflatten(3, (8, 2)).unflatten(2, (8, 4)).mean((3, 5)).flatten(1)
+    )
+    known = torch.tensor([0, 1, 3, 4, 5])
+    for actual, expected in zip(
+        probe.call_args[0], (parts[known], y[known], parts[:2], y[:2]), strict=True
+    ):
+        close(actual, expected, 1e-4)
 
 
 def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, shapes, monkeypatch):
     images = Images(*shapes)
-    train, test = (extract_features(model, x) for x in (images.train_images, images.test_images))
+    options = {"precision": model.config.PRECISION}
+    train, test = (extract_features(model, x, **options) for x in (images[0], images[2]))
     data = train, images.train_labels, test, images.test_labels
     expected = {"knn": knn_accuracy(*data), "rank": rank_me(test)}
     assert dinov2_cifar.evaluate(model, images) == pytest.approx(expected, rel=1e-4)
-    both = [extract_features(model, x, avgpool=True) for x in (images[0], images[2])]
+    both = [extract_features(model, x, avgpool=True, **options) for x in (images[0], images[2])]
     expected["linear"] = linear_probe(both[0], data[1], both[1], data[3])
     probe = Mock(wraps=linear_probe)
     monkeypatch.setattr(dinov2_cifar, "linear_probe", probe)
@@ -228,8 +254,8 @@ def test_evaluate_leaves_out_images_without_labels_and_bounds_the_bank(model, sh
     images = Images(more[0], labels[0], more[1], labels[1])
     assert dinov2_cifar.evaluate(model, images, linear=True) == pytest.approx(expected, rel=1e-4)
     mean = [0.5] * 3
-    pixels = dinov2_cifar.raw_pixel_knn(images, mean, mean)
-    assert pixels == dinov2_cifar.raw_pixel_knn(Images(*shapes), mean, mean)
+    pixels = dinov2_cifar.raw_pixel_scores(images, mean, mean)
+    assert pixels == dinov2_cifar.raw_pixel_scores(Images(*shapes), mean, mean)
     assert dinov2_cifar.evaluate(model, images._replace(train_labels=0 * labels[0] - 1)) == {}
     batches, kept = dinov2_cifar.labeled(torch.arange(10), torch.arange(10) - 1, 4)  # 1, 4, 7
     assert torch.cat([*batches]).tolist() == [1, 4, 7] and kept.tolist() == [0, 3, 6]
@@ -241,9 +267,11 @@ def test_target_diagnostics_by_hand():
     entropy = (-0.6 * math.log(0.6) - 0.4 * math.log(0.4) + math.log(2)) / 4
     mean_entropy = -sum(p * math.log(p) for p in (0.525, 0.125, 0.35))
     expected = {"teacher_entropy": entropy, "mean_entropy": mean_entropy, "kl": 2 - entropy}
-    expected["prototypes"] = 0.5  # the first and the third are some row's largest
+    expected["prototypes"] = 0.5  # the first and the third are some row's largest, of four
     assert {k: v.item() for k, v in values.items()} == pytest.approx(expected, abs=1e-6)
     assert not any(value.requires_grad for value in values.values())
+    values = dinov2_cifar.target_diagnostics(targets[:1, :1], torch.tensor(2.0))
+    assert values["prototypes"] == 1  # one row can have no more than one
 
 
 def test_collapse_warnings_by_hand(small):
@@ -297,7 +325,8 @@ def test_trained_teacher_has_the_accuracy_of_its_card(tmp_path):
     teacher = dinov2_cifar.load_backbone(TEACHER)
     x, x_test = (extract_features(teacher, part) for part in (images[0], images[2]))
     found = [knn_accuracy(x, images.train_labels, x_test, images.test_labels)]
-    found.append(dinov2_cifar.raw_pixel_knn(images, teacher.pixel_mean, teacher.pixel_std))
+    pixels = dinov2_cifar.raw_pixel_scores(images, teacher.pixel_mean, teacher.pixel_std)
+    found.append(pixels["raw_pixels_knn"])
     card = (ROOT / "README.md").read_text(encoding="utf-8")
     card = re.search(r"k-NN\s+is\s+([\d.]+)\s+%\s+\(raw\s+pixels\s+([\d.]+)\s+%\)", card)
     assert found == pytest.approx([float(text) / 100 for text in card.groups()], abs=0.01)

@@ -126,7 +126,8 @@ def run(folder, changes, counts=(64, 64)):
     settings = {"DROPOUT": 0.1, "HEAD_BATCH_NORM": False, "RESUME": "newest", **changes}
     config = Config(**{**SMALL, "OUTPUT_DIR": str(folder / "out"), **settings})
     images = dinov2.Images(make_shapes(counts[int(os.environ["RANK"])], 32)[0])
-    dinov2.parse_arguments, dinov2.load_images = lambda argv: config, lambda config: images
+    dinov2.parse_flags = lambda argv: (config.to_dict(), {})
+    dinov2.load_images = lambda config: images
     dinov2.plot_figures = lambda *args: None
     dinov2.main([])
 

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -12,9 +13,10 @@ from unittest.mock import patch
 
 import pytest
 from conftest import ROOT, SMALL
+from PIL import Image
 
 import dinov2_cifar
-from dinov2_cifar import CONSTANTS, main, make_shapes, parse_arguments
+from dinov2_cifar import CONSTANTS, Config, main, make_shapes, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -34,13 +36,25 @@ def few_images(tmp_path, monkeypatch):
     monkeypatch.setattr(dinov2_cifar, "linear_probe", lambda *args: 0.5)
     monkeypatch.setattr(dinov2_cifar, "plot_figures", lambda *args: None)
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "checkpoints", "checkpoints")
+    Path("checkpoints", "metrics.jsonl").write_text(
+        json.dumps({"config": Config(**SMALL).to_dict()})
+    )
+    for i, image in enumerate(few(8)[0].permute(0, 2, 3, 1).numpy()):
+        Path("photos").mkdir(exist_ok=True)
+        Image.fromarray(image).save(f"photos/{i}.png")
 
 
 def train_in_small(words, capsys):
     parse_arguments([*words, "--device=cpu"])  # as they are, they fit together
+    if {"--draw", "--embed"} & {*words}:
+        main([*words, "--device=cpu"])
+        assert re.search("figures in|features of 8 images", capsys.readouterr().out)
+        return
+    left = {"COMPILE", "MODEL_DIMS"} if "--init-from" in words else {"COMPILE"}
     for name, value in SMALL.items():  # of equal flags, the last counts
         text = json.dumps(value) if isinstance(value, dict) else value
-        words += [f"--{name.lower().replace('_', '-')}={text}"] if name != "COMPILE" else []
+        words += [f"--{name.lower().replace('_', '-')}={text}"] if name not in left else []
     main(words)
     assert "trained teacher" in capsys.readouterr().out
 
@@ -58,6 +72,8 @@ def parse_flags(script, words, monkeypatch):
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
 def test_readme_command_works(command, capsys, monkeypatch):
+    if "--tensorboard" in command:
+        pytest.importorskip("tensorboard")
     rule = re.fullmatch(RULE, command)
     assert rule, "no rule for this command"
     script, words = rule[1], shlex.split(rule[2])
@@ -72,7 +88,8 @@ def test_readme_cells_run_as_notebook(capsys, monkeypatch):
         monkeypatch.setitem(dinov2_cifar.QUICK, name, value)
     namespace = {}
     for text in (text for kind, text in BLOCKS if kind == "python"):
-        if "timm" not in text or importlib.util.find_spec("timm"):
+        needed = [name for name in ("timm", "onnx") if name in text]
+        if all(map(importlib.util.find_spec, needed)):
             exec(text, namespace)
     assert Path("checkpoints/dinov2_final.pth").exists()
     assert "missing_keys=['" not in capsys.readouterr().out  # where timm loads our weights
@@ -84,3 +101,18 @@ def test_readme_names_exist():
     assert [n for n in names if n not in CONSTANTS and not hasattr(dinov2_cifar, n)] == []
     links = re.findall(r"\]\(([^):]+)\)", README)
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_chinese_readme_has_the_same_code_numbers_and_links():
+    chinese = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    rules = [r"\d+(?:[.,]\d+)*", r"\]\(([^)]+)\)", r"^#+ ", r"`([A-Z_]+)`"]
+    link = "[English](README.md)"
+    assert link in chinese and "[中文](README.zh-CN.md)" in README
+    texts = README.replace("[中文](README.zh-CN.md)", ""), chinese.replace(link, "")
+    for rule in rules:
+        found, expected = (sorted(re.findall(rule, text, re.MULTILINE)) for text in texts)
+        assert found == expected
+    code = [
+        re.sub(r" *# .*", "", "".join(re.findall(r"^```.*?^```", t, re.M | re.S))) for t in texts
+    ]
+    assert code[0] == code[1]

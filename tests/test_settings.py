@@ -11,7 +11,16 @@ import torch
 from conftest import ROOT, SMALL, read_records
 
 import dinov2_cifar
-from dinov2_cifar import CONSTANTS, QUICK, Config, InputError, main, make_shapes, parse_arguments
+from dinov2_cifar import (
+    CONSTANTS,
+    QUICK,
+    Config,
+    InputError,
+    main,
+    make_shapes,
+    parse_arguments,
+    train_dinov2,
+)
 
 DIMS = {"dim": 32, "depth": 2, "heads": 2}
 SIZES = {"tiny": DIMS, "small": {**DIMS, "dim": 48}}
@@ -33,6 +42,7 @@ WEIGHTS = dict(  # for each constant a value, not BASE's, that gives other weigh
 )  # fmt: skip
 FILES = dict(EVAL_EVERY=2, SAVE_EVERY=1, SAVE_EVERY_MINUTES=1e-9, RESUME="newest", OUTPUT_DIR="x")
 PLACES = dict(DATASET="cifar100", DATA_PATH="some/where", DEVICE="cpu:0", COMPILE=True)
+PLACES |= dict(INIT_FROM="weights.pth", FREEZE_BACKBONE=0.5, TENSORBOARD=True)  # test_exchange.py
 
 
 def to_flags(settings):
@@ -174,17 +184,15 @@ def test_dataset_and_data_path_choose_images(monkeypatch):
 @pytest.mark.parametrize("device, triton", [("cuda", True), ("cuda", False), ("meta", True)])
 @pytest.mark.parametrize("compile", [True, False])
 def test_device_and_compile_choose_how_networks_run(compile, device, triton, monkeypatch):
-    config, compiled, moved = Config(**{**BASE, "COMPILE": compile}), [], []
+    config, compiled = Config(**{**BASE, "COMPILE": compile}), []
     transform, masks = (
         dinov2_cifar.MultiCropTransform(config=config),
         dinov2_cifar.MaskGenerator(config),
     )
     config.DEVICE = device  # after validation
     monkeypatch.setattr(dinov2_cifar, "has_triton", lambda: triton)
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moved.append(device) or self)
     monkeypatch.setattr(torch, "compile", lambda f, **options: compiled.append(f) or "compiled")
-    model = dinov2_cifar.make_model(config, [0.5] * 3, [0.2] * 3)
-    assert moved == [device]
+    model = dinov2_cifar.DINOv2(config)
     owners = {"random_views": transform, "draw": masks, "forward": model}
     for processes in (1, 2):
         monkeypatch.setattr(dinov2_cifar, "world_size", lambda n=processes: n)
@@ -198,6 +206,17 @@ def test_device_and_compile_choose_how_networks_run(compile, device, triton, mon
             assert (transform.random_views == "compiled") == works
         assert [getattr(owner, name) for name, owner in owners.items()] == functions
         compiled.clear()
+
+
+def test_networks_are_trained_on_device(small, monkeypatch):
+    def watch(model):
+        raise InputError(next(model.parameters()).device.type)
+
+    monkeypatch.setattr(dinov2_cifar, "make_optimizer", watch)
+    config = small()
+    config.DEVICE = "meta"  # after validation
+    with pytest.raises(InputError, match="meta"):
+        train_dinov2(config)
 
 
 @pytest.mark.parametrize("flag, preset", [("--quick", QUICK), ("--hour", dinov2_cifar.HOUR)])

@@ -18,6 +18,7 @@ from dinov2_cifar import Config, DINOv2, InputError, read_checkpoint, step_indic
 LOSSES = {"loss", "img", "patch", "koleo", "kl", "teacher_entropy", "mean_entropy", "prototypes"}
 MEANS = LOSSES | {"grad_norm", "skipped"}
 HPARAMS = {"lr", "prototype_lr", "weight_decay", "momentum", "teacher_temp"}
+FIGURES = "views attention pca neighbours map curves"
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def test_run_writes_the_promised_files(run):
     names = {f"dinov2_{name}.pth" for name in ("epoch_1", "epoch_2", "final", "last")}
     assert {p.name for p in folder.iterdir()} == names | {"metrics.jsonl", "figures", ".lock"}
     figures = {p.name: Image.open(p).convert("L") for p in Path(folder, "figures").iterdir()}
-    assert figures.keys() == {"views.png", "attention.png", "pca.png", "curves.png"}
+    assert {*figures} == {f"{name}.png" for name in FIGURES.split()}
     assert all(len(figure.getcolors()) > 50 for figure in figures.values())
 
 
@@ -74,7 +75,7 @@ def test_run_writes_the_promised_records(run):
     assert [r.pop("event") for r in records] == ["start", "baseline", *events]
     start, baseline, *records = records
     assert Config(**start["config"]).to_dict() == config.to_dict()
-    assert baseline.keys() == {"knn", "rank", "linear", "raw_pixels_knn"}
+    assert baseline.keys() == {"knn", "rank", "linear", "raw_pixels_knn", "raw_pixels_linear"}
     assert [r["step"] for r in records] == [*range(1, 9), 8, *range(9, 17), 16]
     for rows, epoch in ((records[:8], records[8]), (records[9:17], records[17])):
         for row in rows:
@@ -91,7 +92,7 @@ def test_run_of_images_without_labels_is_not_evaluated(small, shapes, capsys):
     assert "no evaluation" in out and "k-NN" not in out
     start, baseline, *_, epoch = read_records(small().OUTPUT_DIR)
     assert baseline == {"event": "baseline"} and "knn" not in epoch
-    assert len(list(Path(small().OUTPUT_DIR, "figures").glob("*.png"))) == 4
+    assert len(list(Path(small().OUTPUT_DIR, "figures").glob("*.png"))) == len(FIGURES.split())
 
 
 def test_output_is_80_columns_wide_without_a_bar(monkeypatch, tmp_path, capsys, no_figures):
