@@ -439,7 +439,9 @@ def build_backbone(config):
     c, dims = config, config.MODEL_DIMS[config.MODEL_SIZE]
     size = (c.IMAGE_SIZE, c.PATCH_SIZE, 3, dims["dim"], dims["depth"], dims["heads"])
     options = {"layer_scale": c.LAYER_SCALE, "drop_path": c.DROP_PATH, "dropout": c.DROPOUT}
-    return VisionTransformer(*size, register_tokens=c.REGISTER_TOKENS, **options)
+    backbone = VisionTransformer(*size, register_tokens=c.REGISTER_TOKENS, **options)
+    backbone.precision = c.PRECISION  # of extract_features
+    return backbone
 
 
 class ProjectionHead(nn.Module):
@@ -783,7 +785,7 @@ def train_dinov2(config=None, dataset=None):
     if losses stay non-finite. Ctrl-C (SIGTERM) saves, then raises KeyboardInterrupt (SystemExit).
     """
     with setup_processes(config or Config()) as c, lock_output_dir(c):
-        checkpoint, states = find_checkpoint(c), None
+        checkpoint = find_checkpoint(c)
 
         # Networks and optimizer; random numbers follow from SEED, step and process
         seed_step(c.SEED, 0)
@@ -802,26 +804,26 @@ def train_dinov2(config=None, dataset=None):
         transform = make_transform(c, model.teacher)
         crops, masks = MultiCropDataset(images, transform, c.DEVICE), MaskGenerator(c)
         steps_per_epoch = count_steps(len(crops), c)
-        total_steps = steps_per_epoch * c.TOTAL_EPOCHS
 
         # Resume a run, or first measure raw pixels and the network as it starts
         logger = MetricLogger(c, describe_images(images), steps_per_epoch)
-        work = f"{len(crops):,} images, {total_steps:,} steps of {images_per_step(c):,}"
+        work = f"{len(crops):,} images, {logger.total_steps:,} steps of {images_per_step(c):,}"
         print(f"{images.name[-20:]}: {work}; {c.MODEL_SIZE} on {c.DEVICE}", flush=True)
         if checkpoint:
             logger.restore(states, checkpoint)
+            del states  # as large as networks and optimizer
         else:
             logger.log("start", data=images.name, torch=str(torch.__version__), config=c.to_dict())
             logger.log("baseline", **measure_baseline(model, images))
 
         frozen = None  # what is, which DistributedDataParallel has to know
         with StopRequest() as stop, logger, compiled_step(model, transform, masks):
-            for step in range(logger.step, total_steps):
+            for step in range(logger.step, logger.total_steps):
                 seed_step(c.SEED, step + 1, rank())
-                hparams = hyperparameters(c, step, total_steps)
-                rests = [name for name, rate in hparams.items() if "_lr" in name and rate == 0]
-                if frozen != rests:
-                    frozen = rests
+                hparams = hyperparameters(c, step, logger.total_steps)
+                frozen_now = [name for name in hparams if "_lr" in name and hparams[name] == 0]
+                if frozen != frozen_now:
+                    frozen = frozen_now
                     set_hyperparameters(optimizer, hparams)
                     wrapped_model = wrap_ddp(model)
                 batches = step_indices(len(crops), c, step)  # ACCUMULATE times (B,)
@@ -832,7 +834,7 @@ def train_dinov2(config=None, dataset=None):
                 epoch, steps_into_epoch = divmod(step + 1, steps_per_epoch)
                 if steps_into_epoch == 0:
                     logger.flush()
-                    last = step + 1 == total_steps
+                    last = step + 1 == logger.total_steps
                     due = last or (c.EVAL_EVERY and epoch % c.EVAL_EVERY == 0)
                     logger.end_epoch(epoch, evaluate(model, images, linear=last) if due else {})
 
@@ -866,11 +868,11 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
     images: (N,3,H,W), uint8, floats in 0..1 or, if others, normalized; uint8 or arrays also
     (N,H,W,3); one (3,H,W) or (H,W,3); PIL's or a list of images, resized to the size of training.
     avgpool: return class token and mean patch token, (N,2*D). precision: see PRECISION; None:
-    that of the model's config or, of a VisionTransformer alone, "auto".
+    that of the run; "auto" for a VisionTransformer that is of none.
     """
     backbone = getattr(model, "teacher", model)
     device, mode, features = backbone.pixel_mean.device, backbone.training, []
-    precision = precision or (model.config.PRECISION if hasattr(model, "config") else "auto")
+    precision = precision or getattr(backbone, "precision", "auto")
     if isinstance(images, (list, tuple, Image.Image)):
         side = math.isqrt(backbone.patch_embed.num_patches) * backbone.patch_embed.patch_size
         images = [images] if isinstance(images, Image.Image) else images
@@ -1215,19 +1217,20 @@ def find_splits(dataset):
     dataset = dataset[:4] if isinstance(dataset, Images) else dataset
     require(not isinstance(dataset, (str, Path)), f"a path, {dataset}, is a DATASET of Config")
     if isinstance(dataset, Mapping):
-        data = {str(key).casefold(): value for key, value in dataset.items()}
-        names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
-        splits = {x: as_pair(data[x], data.get(y)) for x, y in names}
-        train = next((x for x, y in names if (x, y) in TRAIN), None)
-        require(train, f"wanted is x_train, train_images or train, not {', '.join(data)}")
+        splits = named_splits(dataset)
+        train = next((x for x, _ in TRAIN if x in splits), None)
+        names = ", ".join(str(key).casefold() for key in dataset)
+        require(train, f"wanted is x_train, train_images or train, not {names}")
 
         def unfit(name):
             labels = known_labels(*splits[name])
             return not labels, splits[train][1] is not None and not labels <= known
 
-        tests = [x for x, y in names if (x, y) in TEST]
-        known = known_labels(*splits[train]) if len(tests) > 1 else set()
-        test = min(tests, key=unfit) if len(tests) > 1 else "".join(tests)
+        tests = [x for x, _ in TEST if x in splits]
+        if len(tests) > 1:
+            known = known_labels(*splits[train])
+            tests.sort(key=unfit)
+        test = tests[0] if tests else None
         unused = [f"{x} ({len(splits[x][0]):,} images)" for x in splits if x not in (train, test)]
         if unused:
             print(f"not used: {', '.join(unused)}", flush=True)
@@ -1238,6 +1241,13 @@ def find_splits(dataset):
     if len(dataset) == 4 or are_labels(dataset[1]):
         return dataset[:2], dataset[2:] or (None, None)
     return as_pair(dataset[0]), as_pair(dataset[1])
+
+
+def named_splits(data):
+    """Return name: (images, labels) of what is in a mapping by the names above, in any case."""
+    data = {str(key).casefold(): value for key, value in data.items()}
+    names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
+    return {x: as_pair(data[x], data.get(y)) for x, y in names}
 
 
 def as_pair(images, labels=None):
@@ -1889,7 +1899,8 @@ def step_indices(count, config, step):
 
 # ---- Checkpoints ----
 
-STATES = ("student", "teacher", "img_head", "patch_head", "teacher_img_head", "teacher_patch_head")
+HEADS = ("img_head", "patch_head")
+STATES = ("student", "teacher", *HEADS, *(f"teacher_{head}" for head in HEADS))
 
 
 def write_file(path, data):
@@ -1936,10 +1947,10 @@ def read_file(path):
         raise InputError("it is cut, or holds other Python objects than weights") from None
 
 
-def read_checkpoint(path):
-    """Return a checkpoint's dict, on the CPU."""
+def read_checkpoint(path, states=None):
+    """Return a checkpoint's dict, on the CPU. states: what read_file has read already."""
     with input_errors(path, "is not a checkpoint of this program"):
-        states = read_file(path)
+        states = read_file(path) if states is None else states
         names = [*map(str, states)] if isinstance(states, dict) else [type(states).__name__]
         kind = f"it holds {', '.join(names[:3])}; wanted are config and teacher_state_dict"
         if any(name.endswith("cls_token") for name in names):
@@ -1963,8 +1974,8 @@ def read_weights(path):
     states = read_file(path)
     require(isinstance(states, dict), f"it holds a {type(states).__name__}")
     if "teacher_state_dict" in states:
-        states = read_checkpoint(path)
-        heads = {name: states.get(f"teacher_{name}_state_dict", {}) for name in STATES[2:4]}
+        states = read_checkpoint(path, states)
+        heads = {name: states.get(f"teacher_{name}_state_dict", {}) for name in HEADS}
         dims = states["config"]["MODEL_DIMS"][states["config"]["MODEL_SIZE"]]
         return states["teacher_state_dict"], heads, dims["heads"]
     states = states.get("teacher", states.get("model", states))
@@ -2010,7 +2021,7 @@ def load_weights(path, model):
             fits += [name] * (shapes[0] == shapes[1])
             for module in modules if name in fits else ():
                 module.load_state_dict(state)
-    fresh += [name for name in STATES[2:4] if name not in fits]
+    fresh += [name for name in HEADS if name not in fits]
     parts = f"fresh: {', '.join(fresh) or 'none'}; left: {', '.join(left[:3]) or 'none'}"
     taken = f"{sides[0]}x{sides[0]} positions, {min(registers)} of {registers[1]} registers"
     print(f"weights of {path[-60:]}\n{taken}; {parts}", flush=True)
@@ -2028,12 +2039,12 @@ def load_checkpoint(path, model, optimizer=None):
     return states
 
 
-def load_backbone(path, device="cpu"):
+def load_backbone(path, device="cpu", states=None):
     """Return a checkpoint's teacher, a VisionTransformer in eval mode on device.
 
-    Of the file, config and teacher_state_dict are enough.
+    Of the file, config and teacher_state_dict are enough. states: of read_checkpoint, if read.
     """
-    states = read_checkpoint(path)
+    states = read_checkpoint(path) if states is None else states
     backbone = build_backbone(Config(**states["config"]))
     with input_errors(path, "does not fit its own config"):
         backbone.load_state_dict(states["teacher_state_dict"])
@@ -2270,8 +2281,8 @@ def print_summary(logger):
     baseline, scores = logger.find("baseline"), logger.find("epoch")
     if "linear" in scores and "linear" in baseline:
         print(f"\n{'':18}{'k-NN':>8}{'linear':>8}{'RankMe':>8}")
-        pixels = [f"{baseline.get(f'raw_pixels_{name}', 0):8.1%}" for name in ("knn", "linear")]
-        print(f"{'raw pixels':18}{''.join(pixels)}")
+        names = [name for name in ("raw_pixels_knn", "raw_pixels_linear") if name in baseline]
+        print(f"{'raw pixels':18}{''.join(f'{baseline[name]:8.1%}' for name in names)}")
         start = name_of_start(logger.config)
         for name, row in ((start, baseline), ("trained teacher", scores)):
             print(f"{name:18}{row['knn']:8.1%}{row['linear']:8.1%}{row['rank']:8.1f}")
@@ -2281,7 +2292,9 @@ def print_summary(logger):
 
 def draw_checkpoint(config, path):
     """Draw the figures of a checkpoint's teacher, for DATASET, in a folder of OUTPUT_DIR."""
-    history, backbone = read_checkpoint(path).get("history", []), load_backbone(path, config.DEVICE)
+    states = read_checkpoint(path)
+    backbone, history = load_backbone(path, config.DEVICE, states), states.get("history", [])
+    backbone.precision = config.PRECISION
     with lock_output_dir(config):
         taken = Path(config.OUTPUT_DIR, "figures").exists()  # by a run
         folder = f"figures-{Path(path).stem}" if taken else "figures"
@@ -2299,9 +2312,9 @@ def plot_figures(backbone, images, config, history=(), folder="figures"):
     some, _ = spaced(x, None, 8)
     plot_views(backbone, some, config, folder / "views.png")
     plot_attention(backbone, some, folder / "attention.png")
-    groups = {str(name): x[y == i][:8] for i, name in enumerate(images.classes)}
-    groups = {name: group for name, group in groups.items() if len(group)}
-    plot_patches(backbone, dict([*groups.items()][:3]) or {"image": some}, folder / "pca.png")
+    classes = y[y >= 0].unique().tolist()[:3]
+    groups = {str(images.classes[i]): x[y == i][:8] for i in classes} or {"image": some}
+    plot_patches(backbone, groups, folder / "pca.png")
     features = (extract_features(backbone, t).cpu() for t in (bank, x))
     z, z_test = (F.normalize(t, dim=1) for t in features)
     sets, names = ((bank, z, labels), (x, z_test, y)), [*map(str, images.classes), ""]
@@ -2452,18 +2465,20 @@ def plot_map(bank, queries, names, path):
 def plot_curves(history, path):
     from matplotlib.figure import Figure  # its import may write a font cache
 
-    panels = {"img": "image loss (nats)", "patch": "patch loss (nats)", "koleo": "KoLeo"}
-    panels |= {
+    panels = {
+        "img": "image loss (nats)",
+        "patch": "patch loss (nats)",
+        "koleo": "KoLeo",
         "kl": "KL from targets (nats)",
         "knn": "k-NN accuracy",
         "rank": "RankMe (dimensions)",
-    }
-    panels |= {
         "teacher_entropy": "target entropy (nats)",
         "prototypes": "prototypes in use / usable",
+        "lr": "learning rate",
+        "momentum": "teacher momentum",
+        "teacher_temp": "teacher temperature",
+        "weight_decay": "weight decay",
     }
-    panels |= {"lr": "learning rate", "momentum": "teacher momentum"}
-    panels |= {"teacher_temp": "teacher temperature", "weight_decay": "weight decay"}
     figure = Figure(figsize=(8.4, 6), dpi=150, layout="constrained")
     axes = figure.subplots(3, 4)
     for axis, (key, title) in zip(axes.flat, panels.items(), strict=True):
@@ -2491,12 +2506,11 @@ def embed_images(config, source, patches=False):
     require(path, "--embed needs --resume CHECKPOINT")
     require(not output.exists(), f"{output} exists; move it, or give another --output-dir")
     backbone, root = load_backbone(path, config.DEVICE), Path(source).resolve()
-    grid, splits = backbone.patch_embed, {}
+    backbone.precision, grid, splits = config.PRECISION, backbone.patch_embed, {}
     if root.is_dir():
         splits = load_folder(root)
     elif root.is_file():
-        data = {name.casefold(): array for name, array in load_arrays(root).items()}
-        splits = {x: (data[x], data.get(y)) for x, y in TRAIN + TEST if len(data.get(x, ()))}
+        splits = {x: pair for x, pair in named_splits(load_arrays(root)).items() if len(pair[0])}
     require(splits, f"{source!r} is not a folder, .npz (see as_images) or .npy of images")
     for name, (x, y) in splits.items():
         fits = isinstance(x, list) or x.ndim == 4 or (x.ndim == 3 and x.shape[2] > 4)
@@ -2517,11 +2531,10 @@ def embed_images(config, source, patches=False):
             while part := [*islice(items, 512)]:
                 batch, indices, levels = stack_images(part, len(part), levels)
                 for name, table in tables.items():
-                    options = {"patches": name != "features", "precision": config.PRECISION}
-                    z = extract_features(backbone, batch, **options)
+                    z = extract_features(backbone, batch, patches=name != "features")
                     table[len(names) : len(names) + len(z)] = z.cpu().numpy()
                 labels += [y[i] for i in indices]
-                files = isinstance(x, list)
+                files = root.is_dir()
                 names += [
                     str(x[i].relative_to(root)) if files else f"{split}[{i}]" for i in indices
                 ]

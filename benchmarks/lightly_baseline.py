@@ -42,6 +42,7 @@ class LightlyBackbone(nn.Module):
         self.masked_vit = MaskedVisionTransformerTIMM(vit, **options)
         self.register_buffer("pixel_mean", torch.zeros(3, 1, 1))
         self.register_buffer("pixel_std", torch.ones(3, 1, 1))
+        self.precision = c.PRECISION
 
     def forward(self, x, mask=None):
         mask = None if mask is None else F.pad(mask, (1, 0))  # never the class token

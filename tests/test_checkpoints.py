@@ -98,8 +98,7 @@ def test_load_backbone_gives_the_features_of_the_teacher(tmp_path, monkeypatch):
     model, x = train(tmp_path, REGISTER_TOKENS=2, LAYER_SCALE=0.1), make_shapes(16, 32)[0]
     monkeypatch.setattr(Config, "MODEL_SIZE", "base")  # the checkpoint's own settings count
     backbone, expected = dinov2.load_backbone(tmp_path / LAST), dinov2.extract_features(model, x)
-    features = dinov2.extract_features(backbone, x, precision="fp32")  # as model's config says
-    assert not backbone.training and torch.equal(features, expected)
+    assert not backbone.training and torch.equal(dinov2.extract_features(backbone, x), expected)
 
 
 def test_load_backbone_needs_config_and_teacher_alone_with_names_of_wrappers(whole, tmp_path):

@@ -202,6 +202,7 @@ def test_cifar_is_downloaded_once_under_a_lock(cifar, dataset, capsys, tmp_path)
         (root / ".lock").unlink(missing_ok=True)
         images = prepare(DATASET=dataset, DATA_PATH=str(root))
         check(images, noise(6), torch.arange(6), noise(5), torch.arange(5), name)
+        assert images.classes == tuple("abcdef")  # torchvision's names
     assert [call for call in cifar.calls if call[1]] == [(True, True), (False, True)]
     assert [*root.iterdir()] == [root / cifar.filename] and not capsys.readouterr().err
 
@@ -377,6 +378,8 @@ def test_large_arrays_are_resized_in_parts_and_mapped_files_not_copied(tmp_path)
     assert np.shares_memory(as_images(mapped, 32).train_images.numpy(), mapped)
     (tmp_path / "x_train.npy").rename(tmp_path / "PHOTOS.NPY")
     check(prepare(DATASET=str(tmp_path / "PHOTOS.NPY")), X)
+    (alone,) = dinov2_cifar.load_arrays(tmp_path / "PHOTOS.NPY").values()
+    assert isinstance(alone, np.memmap) and not alone.flags.writeable
 
 
 def test_a_mapped_file_may_be_larger_than_the_memory(tmp_path):
@@ -448,6 +451,16 @@ def test_first_labeled_split_of_a_mapping_is_for_testing():
     arrays = {"x_train": X, "y_train": Y, "x_test": X[:2], "x_val": X[:4], "y_val": Y[:4]}
     check(as_images(arrays), X, Y, X[:4], Y[:4])
     assert as_images({"x_train": X, "y_train": Y, "y_test": Y}).test_images is None
+
+
+def test_named_classes_keep_their_names():
+    y = torch.tensor([4, 2, 4, -1, 2, 4])
+    images = dinov2_cifar.Images(noise(6), y, noise(6), y, classes=("a", "b", "c", "d", "e"))
+    for _ in range(2):
+        images = as_images(images)
+        assert images.classes == ("c", "e")
+        assert images.train_labels.tolist() == images.test_labels.tolist() == [1, 0, 1, -1, 0, 1]
+    assert prepare(DATASET="shapes", TRAIN_IMAGES=64).classes == tuple(dinov2_cifar.SHAPES)
 
 
 def test_classes_keep_capital_letters_where_two_differ_in_them_alone():

@@ -67,7 +67,8 @@ def test_extract_features_gives_the_teacher_s_tokens_of_normalized_pixels(model)
 
 
 def test_extract_features_computes_as_evaluate_does(model):
-    model.config.PRECISION = "auto"
+    assert model.teacher.precision == "fp32"  # of its config
+    model.teacher.precision = "auto"
     images = Images(IMAGES, torch.arange(len(IMAGES)) % 2, IMAGES, torch.arange(len(IMAGES)) % 2)
     assert dinov2_cifar.evaluate(model, images)["rank"] == rank_me(extract_features(model, IMAGES))
     exact, rough = (extract_features(model, IMAGES, precision=name) for name in ("fp32", "bf16"))

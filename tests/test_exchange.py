@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, close, read_records
+from matplotlib import colormaps
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import dinov2_cifar
 from dinov2_cifar import (
@@ -52,7 +54,7 @@ def checkpoint(small, tmp_path):
     config = small(OUTPUT_DIR=str(tmp_path / "first"), TOTAL_EPOCHS=2, LEARNING_RATE=0.01)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dinov2_cifar, "plot_figures", lambda *args: None)
-        train_dinov2(config, make_shapes(64, 32, seed=0)[0])
+        train_dinov2(config, make_shapes(64, 32, seed=7)[0])  # of other means than shapes
     return str(tmp_path / "first" / "dinov2_final.pth")
 
 
@@ -407,6 +409,24 @@ def test_attention_is_that_of_the_class_token_over_four_times_the_grid(grids):
     colors = grids["path"][2][1] - grids["path"][2][1].mean(1, keepdim=True)
     tiles = colors.unflatten(3, (16, 8)).unflatten(2, (16, 8))
     assert tiles.std((3, 5)).max() < 1e-3 < tiles.std((2, 4)).max()
+
+    # By hand, head by head
+    network.precision = "fp32"
+    dinov2_cifar.plot_attention(network, x, "path")
+    large = TF.resize(x, [128, 128], TF.InterpolationMode.BICUBIC)
+    tokens = network.blocks[0](network.prepare_tokens(large / 255))
+    q, k, _ = qkv(network.blocks[1].norm1(tokens)).chunk(3, dim=-1)
+    gray = TF.rgb_to_grayscale(large / 255, 3)
+    for head in range(2):
+        part = slice(16 * head, 16 * head + 16)
+        scores = torch.stack([k[i, :, part] @ q[i, 0, part] for i in range(2)]) / 4
+        weights = scores.softmax(1)[:, 1:].view(2, 16, 16)
+        weights = weights / weights.amax((1, 2), keepdim=True)
+        colors = torch.from_numpy(colormaps["inferno"](weights.numpy())[..., :3]).permute(
+            0, 3, 1, 2
+        )
+        expected = 0.3 * gray + 0.7 * colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        assert (grids["path"][2 + head][1] - expected).abs().mean() < 1e-3  # 256 colors
 
 
 def test_patches_show_what_differs_from_the_border(grids):
