@@ -791,7 +791,7 @@ def train_dinov2(config=None, dataset=None):
         seed_step(c.SEED, 0)
         model = DINOv2(c).to(c.DEVICE)
         optimizer = make_optimizer(model)
-        require_room(model)
+        require_room(c, 4 * sum(p.nbytes for p in model.parameters()))  # two, with AdamW's
         if checkpoint:
             states = load_checkpoint(checkpoint, model, optimizer)
         elif c.INIT_FROM:
@@ -894,7 +894,7 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
             x = x.to(device)
             if scale:
                 x = (x / scale - backbone.pixel_mean) / backbone.pixel_std
-            x = x.to(backbone.cls_token.dtype)
+            x = x.to(backbone.pixel_mean.dtype)
             tokens = backbone(x)
             x = torch.cat([tokens[0], tokens[1].mean(1)], 1) if avgpool else tokens[int(patches)]
             features.append(x.to(torch.float32, copy=True))  # a view would keep all tokens
@@ -1914,10 +1914,9 @@ def write_file(path, data):
         temporary.replace(path)
 
 
-def require_room(model):
-    """Raise InputError where OUTPUT_DIR has no room for a checkpoint and the next one."""
-    size = 4 * sum(p.numel() * p.element_size() for p in model.parameters())  # two, with AdamW's
-    folder = model.config.OUTPUT_DIR
+def require_room(config, size):
+    """Raise InputError where OUTPUT_DIR has no room for so many bytes."""
+    folder = config.OUTPUT_DIR
     free = shutil.disk_usage(folder).free
     text = f"OUTPUT_DIR ({folder}) has {free / 1e6:,.0f} MB left, saving takes {size / 1e6:,.0f}"
     require(free > size, f"{text}; make room")
@@ -2522,6 +2521,8 @@ def embed_images(config, source, patches=False):
         shapes["patch_features"] = (count, grid.num_patches, shapes["features"][1])
     names, labels, levels, tables = [], [], None, {}
     with lock_output_dir(config), tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        # Tables and the archive made of them; a full disk would kill the process
+        require_room(config, 8 * sum(map(math.prod, shapes.values())))
         for name, shape in shapes.items():
             tables[name] = np.lib.format.open_memmap(Path(folder, name), "w+", np.float32, shape)
         for split, (x, y) in splits.items():

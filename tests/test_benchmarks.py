@@ -144,6 +144,8 @@ def test_lightly_losses_have_our_units(small):
     for group in make_optimizer(model).param_groups:
         rows = {len(parameter) for parameter in group["params"]}
         assert (rows == {16}) == (group["rate"] == "prototype_lr")
+    features = dinov2.extract_features(model, crops[0], precision="fp32")  # as evaluate does
+    close(features, model.teacher(crops[0])[0])
 
 
 @pytest.mark.parametrize("name", peers.LOSSES)

@@ -317,6 +317,21 @@ def test_embed_writes_features_names_and_labels_of_a_folder(pictures, capsys, mo
         assert found["labels"][i] == (parts[1] if len(parts) == 3 else "")
 
 
+@pytest.mark.parametrize("words, values", [([], 192), (["--patches"], 17 * 192)], ids=str)
+def test_embed_without_room_is_refused_and_leaves_nothing(
+    words, values, pictures, capsys, monkeypatch
+):
+    room = 2 * 4 * 14 * values  # of the 14 files' tables, and of the archive
+    usage = lambda folder: shutil._ntuple_diskusage(10**9, 0, room)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(SystemExit, match="2"):
+        embedded(pictures, *words)
+    assert "OUTPUT_DIR (checkpoints) has 0 MB left, saving takes 0" in capsys.readouterr().err
+    assert os.listdir("checkpoints") == [".lock"]
+    room += 1
+    assert len(embedded(pictures, *words)["names"]) == 13
+
+
 def test_embed_takes_archives_and_says_what_is_missing(pictures, capsys):
     x, y = make_shapes(6, 32)
     arrays = {"x_train": x.numpy()[:4], "y_train": y[:4], "x_test": x.numpy()[4:]}

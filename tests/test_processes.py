@@ -158,6 +158,30 @@ def test_processes_wait_for_saves_and_draw_different_numbers(frozen, tmp_path):
         assert torch.equal(prototypes, torch.load(tmp_path / "0-4.pt")[2]) == (step == 4)
 
 
+def run_from_weights(folder, weights):
+    save_run, rank = dinov2.save_run, os.environ["RANK"]
+
+    def save(model, optimizer, logger):
+        save_run(model, optimizer, logger)
+        torch.save(model.student.state_dict(), folder / f"{rank}-{logger.step}.pt")
+
+    dinov2.save_run = save
+    run(folder, {"TOTAL_EPOCHS": 2, "INIT_FROM": weights, "FREEZE_BACKBONE": 0.5})
+
+
+def test_processes_thaw_given_weights_together(tmp_path):
+    weights = dinov2.build_backbone(Config(**SMALL)).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    finish(start(run_from_weights, tmp_path, str(tmp_path / "weights.pth")), tmp_path)
+    for step in (4, 8):
+        states = [torch.load(tmp_path / f"{rank}-{step}.pt") for rank in "01"]
+        for name, parameter in weights.items():
+            ours, other = (state[name] for state in states)
+            assert torch.equal(ours, other)
+            trained = step == 8 and not name.startswith("pixel")
+            assert torch.equal(ours, parameter) != trained, name
+
+
 def test_processes_with_unequal_images_are_one_error(tmp_path):
     printed = finish(start(run, tmp_path, {}, (48, 64)), tmp_path, code=2)
     assert all("error: processes have 48 to 64 training images\n" in text for text in printed)
