@@ -1214,40 +1214,40 @@ def find_splits(dataset):
 
     Of several test splits, the first whose labels are all in training; else one with labels.
     """
-    dataset = dataset[:4] if isinstance(dataset, Images) else dataset
+    splits = as_splits(dataset)
+    train = next((x for x, _ in TRAIN if x in splits), None)
+    names = f"not {', '.join(map(str, dataset))}" if isinstance(dataset, Mapping) else ""
+    require(train, f"wanted is x_train, train_images or train, {names}")
+
+    def unfit(name):
+        labels = known_labels(*splits[name])
+        return not labels, splits[train][1] is not None and not labels <= known
+
+    tests = [x for x, _ in TEST if x in splits]
+    if len(tests) > 1:
+        known = known_labels(*splits[train])
+        tests.sort(key=unfit)
+    unused = [f"{x} ({len(splits[x][0]):,} images)" for x in splits if x not in (train, *tests[:1])]
+    if unused:
+        print(f"not used: {', '.join(unused)}", flush=True)
+    return splits[train], splits[tests[0]] if tests else (None, None)
+
+
+def as_splits(dataset):
+    """Return a dataset as {one of the names above: (images, labels)}."""
     require(not isinstance(dataset, (str, Path)), f"a path, {dataset}, is a DATASET of Config")
     if isinstance(dataset, Mapping):
-        splits = named_splits(dataset)
-        train = next((x for x, _ in TRAIN if x in splits), None)
-        names = ", ".join(str(key).casefold() for key in dataset)
-        require(train, f"wanted is x_train, train_images or train, not {names}")
-
-        def unfit(name):
-            labels = known_labels(*splits[name])
-            return not labels, splits[train][1] is not None and not labels <= known
-
-        tests = [x for x, _ in TEST if x in splits]
-        if len(tests) > 1:
-            known = known_labels(*splits[train])
-            tests.sort(key=unfit)
-        test = tests[0] if tests else None
-        unused = [f"{x} ({len(splits[x][0]):,} images)" for x in splits if x not in (train, test)]
-        if unused:
-            print(f"not used: {', '.join(unused)}", flush=True)
-        return splits[train], splits.get(test, (None, None))
-    if not isinstance(dataset, tuple):
-        return (dataset, None), (None, None)
-    require(len(dataset) in (2, 4), f"a dataset is a tuple of 2 or 4, not {len(dataset)}")
-    if len(dataset) == 4 or are_labels(dataset[1]):
-        return dataset[:2], dataset[2:] or (None, None)
-    return as_pair(dataset[0]), as_pair(dataset[1])
-
-
-def named_splits(data):
-    """Return name: (images, labels) of what is in a mapping by the names above, in any case."""
-    data = {str(key).casefold(): value for key, value in data.items()}
-    names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
-    return {x: as_pair(data[x], data.get(y)) for x, y in names}
+        data = {str(key).casefold(): value for key, value in dataset.items()}
+        names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
+        return {x: as_pair(data[x], data.get(y)) for x, y in names}
+    parts = dataset[:4] if isinstance(dataset, Images) else dataset
+    if not isinstance(parts, tuple):
+        return {"train": (parts, None)}
+    require(len(parts) in (2, 4), f"a dataset is a tuple of 2 or 4, not {len(parts)}")
+    if len(parts) == 2 and are_labels(parts[1]):
+        return {"train": parts}
+    train, test = (parts[:2], parts[2:]) if len(parts) == 4 else map(as_pair, parts)
+    return {"train": train, "test": test} if test[0] is not None else {"train": train}
 
 
 def as_pair(images, labels=None):
@@ -1281,23 +1281,30 @@ def read_split(images, labels, size, levels=None):
     images = images.tolist() if is_column else images  # of pandas, whose [0] need not be the first
     with input_errors("the dataset", "is not a sequence of images or (image, label)"):
         count, _ = len(images), images[0]
-    if labels is not None:
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        labels = [*map(plain_label, labels)]
-        require(len(labels) == count, f"there are {count} images, but {len(labels)} labels")
+    labels = check_split(images, labels)
     bar = {"disable": True if rank() else None, "leave": False}  # None: where there is no terminal
     if not isinstance(images, (np.ndarray, torch.Tensor)):
         items = tqdm(read_items(images, labels, size), "reading", count, **bar)
         return stack_images(items, count, levels)
-    x, shape, labels = images, tuple(images.shape), labels or [None] * count
-    single = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] < 5)
-    wanted = f"images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not {shape}"
-    require(len(shape) in (3, 4) and not single, wanted)
-    x = x[:, None] if len(shape) == 3 else x
+    x, labels = images[:, None] if images.ndim == 3 else images, labels or [None] * count
     if to_uint8(x[:1], size).shape == to_uint8(x[:1]).shape and x.dtype in (np.uint8, torch.uint8):
         return to_uint8(x), labels, levels  # a view: it may be memory-mapped
     parts = (slice(i, i + 256) for i in tqdm(range(0, count, 256), "reading", **bar))
     return stack_images(((to_uint8(x[i], size), labels[i]) for i in parts), count, levels)
+
+
+def check_split(images, labels):
+    """Return the labels as plain values, or None for None; refuse what is no batch of images."""
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        shape = tuple(images.shape)
+        single = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] < 5)
+        wanted = f"images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not {shape}"
+        require(len(shape) in (3, 4) and not single, wanted)
+    if labels is None:
+        return None
+    labels = [*map(plain_label, labels.tolist() if hasattr(labels, "tolist") else labels)]
+    require(len(labels) == len(images), f"there are {len(images)} images, but {len(labels)} labels")
+    return labels
 
 
 def read_items(dataset, labels, size):
@@ -2509,12 +2516,9 @@ def embed_images(config, source, patches=False):
     if root.is_dir():
         splits = load_folder(root)
     elif root.is_file():
-        splits = {x: pair for x, pair in named_splits(load_arrays(root)).items() if len(pair[0])}
+        splits = {x: pair for x, pair in as_splits(load_arrays(root)).items() if len(pair[0])}
     require(splits, f"{source!r} is not a folder, .npz (see as_images) or .npy of images")
-    for name, (x, y) in splits.items():
-        fits = isinstance(x, list) or x.ndim == 4 or (x.ndim == 3 and x.shape[2] > 4)
-        require(fits, f"{name} must be a batch of images, not {getattr(x, 'shape', '')}")
-        require(y is None or len(y) == len(x), f"{name} has {len(x)} images, but other labels")
+    splits = {name: (x, check_split(x, y) or [None] * len(x)) for name, (x, y) in splits.items()}
     count, size = sum(len(x) for x, _ in splits.values()), math.isqrt(grid.num_patches)
     shapes = {"features": (count, backbone.cls_token.shape[-1])}
     if patches:
@@ -2526,7 +2530,6 @@ def embed_images(config, source, patches=False):
         for name, shape in shapes.items():
             tables[name] = np.lib.format.open_memmap(Path(folder, name), "w+", np.float32, shape)
         for split, (x, y) in splits.items():
-            y = [None] * len(x) if y is None else [*map(plain_label, y)]
             items = read_items(x, range(len(x)), size * grid.patch_size)
             items = iter(tqdm(items, split, len(x), disable=None))
             while part := [*islice(items, 512)]:

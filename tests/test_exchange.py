@@ -354,9 +354,12 @@ def test_embed_takes_archives_and_says_what_is_missing(pictures, capsys):
         (["--embed", "in", "--resume", TEACHER], "features.npz exists"),
         (
             ["--embed", "one.npz", "--resume", TEACHER, "--output-dir", "b"],
-            "x_train must be a batch",
+            "images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not (32, 32, 3)",
         ),
-        (["--embed", "less.npz", "--resume", TEACHER, "--output-dir", "b"], "4 images, but other"),
+        (
+            ["--embed", "less.npz", "--resume", TEACHER, "--output-dir", "b"],
+            "4 images, but 3 labels",
+        ),
         (["--embed", "none.npz", "--resume", TEACHER, "--output-dir", "b"], "none.npz"),
         (["--embed", "in", "--draw", TEACHER], "not allowed with"),
         (["--patches"], "--embed"),
