@@ -1197,8 +1197,10 @@ def as_images(dataset, size=None):
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, levels)
     y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
-    if isinstance(dataset, Images) and dataset.classes:
-        classes = tuple(dataset.classes[label] for label in classes)
+    # torchvision's datasets have names, too
+    names = getattr(dataset[0] if type(dataset) is tuple else dataset, "classes", ())
+    if names and all(isinstance(label, int) and label < len(names) for label in classes):
+        classes = tuple(names[label] for label in classes)
     return Images(x, y, x_test, y_test, name, obstacle, classes)
 
 

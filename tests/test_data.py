@@ -461,6 +461,10 @@ def test_named_classes_keep_their_names():
         assert images.classes == ("c", "e")
         assert images.train_labels.tolist() == images.test_labels.tolist() == [1, 0, 1, -1, 0, 1]
     assert prepare(DATASET="shapes", TRAIN_IMAGES=64).classes == tuple(dinov2_cifar.SHAPES)
+    dataset = Rows(zip(PIL, Y.tolist(), strict=True))
+    for dataset.classes, expected in ("abc", ("a", "b", "c")), ("ab", (0, 1, 2)):
+        for given in dataset, (dataset, dataset):
+            assert as_images(given).classes == expected
 
 
 def test_classes_keep_capital_letters_where_two_differ_in_them_alone():
