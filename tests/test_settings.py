@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -257,6 +258,16 @@ def test_mistake_exits_with_2_and_one_line_before_loading(line, capsys, small, m
     monkeypatch.setattr(dinov2_cifar, "as_images", lambda *args: pytest.fail("loaded images"))
     error = error_line(["--output-dir", small().OUTPUT_DIR, *line.split()], capsys)
     assert line.split()[-1] in error
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_command_line_asks_torch_for_huge_pages_unless_told_otherwise(given, monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # restored in the end
+    if given is None:
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == (given or "1")
 
 
 def test_main_reports_lack_of_memory_or_disk_and_raises_other_errors(capsys, monkeypatch):
