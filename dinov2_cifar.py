@@ -1193,12 +1193,13 @@ def as_images(dataset, size=None):
     """
     name = dataset.name if isinstance(dataset, Images) else Images._field_defaults["name"]
     (x, y), (x_test, y_test) = find_splits(dataset)
+    # torchvision's datasets have names, too, of labels that are their own
+    names = getattr(x if y is None else dataset, "classes", ())
     x, y, levels = read_split(x, y, size)
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, levels)
     y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
-    # torchvision's datasets have names, too
-    names = getattr(dataset[0] if type(dataset) is tuple else dataset, "classes", ())
+    names = names if isinstance(names, (list, tuple)) else ()
     if names and all(isinstance(label, int) and label < len(names) for label in classes):
         classes = tuple(names[label] for label in classes)
     return Images(x, y, x_test, y_test, name, obstacle, classes)
@@ -2771,7 +2772,7 @@ def exit_with_error(message):
 def main(argv=None):
     """Exit with 0, or with 2 and one line where the input cannot be used."""
     sys.stdout.reconfigure(errors="backslashreplace")  # odd file names
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: 10 % faster steps on a CPU
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster steps on a CPU
     try:
         settings, task = parse_flags(argv)
         if "DRAW" in task:

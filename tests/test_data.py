@@ -462,9 +462,12 @@ def test_named_classes_keep_their_names():
         assert images.train_labels.tolist() == images.test_labels.tolist() == [1, 0, 1, -1, 0, 1]
     assert prepare(DATASET="shapes", TRAIN_IMAGES=64).classes == tuple(dinov2_cifar.SHAPES)
     dataset = Rows(zip(PIL, Y.tolist(), strict=True))
-    for dataset.classes, expected in ("abc", ("a", "b", "c")), ("ab", (0, 1, 2)):
-        for given in dataset, (dataset, dataset):
+    numbers = 0, 1, 2
+    for names, expected in ([*"abc"], ("a", "b", "c")), (["a"], numbers), (np.eye(3), numbers):
+        dataset.classes = names
+        for given in dataset, (dataset, dataset), {"train": dataset}:
             assert as_images(given).classes == expected
+        assert as_images((dataset, Y.tolist())).classes == numbers  # labels of one's own
 
 
 def test_classes_keep_capital_letters_where_two_differ_in_them_alone():
