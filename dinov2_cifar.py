@@ -1199,8 +1199,8 @@ def as_images(dataset, size=None):
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, levels)
     y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
-    names = names if isinstance(names, (list, tuple)) else ()
-    if names and all(isinstance(label, int) and label < len(names) for label in classes):
+    known = isinstance(names, (list, tuple))
+    if known and all(isinstance(label, int) and label < len(names) for label in classes):
         classes = tuple(names[label] for label in classes)
     return Images(x, y, x_test, y_test, name, obstacle, classes)
 
@@ -1219,8 +1219,9 @@ def find_splits(dataset):
     """
     splits = as_splits(dataset)
     train = next((x for x, _ in TRAIN if x in splits), None)
-    names = f"not {', '.join(map(str, dataset))}" if isinstance(dataset, Mapping) else ""
-    require(train, f"wanted is x_train, train_images or train, {names}")
+    if train is None:  # of a mapping
+        names = ", ".join(map(str, dataset))
+        raise InputError(f"wanted is x_train, train_images or train, not {names}")
 
     def unfit(name):
         labels = known_labels(*splits[name])
@@ -1250,7 +1251,7 @@ def as_splits(dataset):
     if len(parts) == 2 and are_labels(parts[1]):
         return {"train": parts}
     train, test = (parts[:2], parts[2:]) if len(parts) == 4 else map(as_pair, parts)
-    return {"train": train, "test": test} if test[0] is not None else {"train": train}
+    return {"train": train, "test": test}
 
 
 def as_pair(images, labels=None):
@@ -2516,7 +2517,8 @@ def embed_images(config, source, patches=False):
     require(not output.exists(), f"{output} exists; move it, or give another --output-dir")
     backbone, root = load_backbone(path, config.DEVICE), Path(source).resolve()
     backbone.precision, grid, splits = config.PRECISION, backbone.patch_embed, {}
-    if root.is_dir():
+    is_folder = root.is_dir()
+    if is_folder:
         splits = load_folder(root)
     elif root.is_file():
         splits = {x: pair for x, pair in as_splits(load_arrays(root)).items() if len(pair[0])}
@@ -2541,10 +2543,8 @@ def embed_images(config, source, patches=False):
                     z = extract_features(backbone, batch, patches=name != "features")
                     table[len(names) : len(names) + len(z)] = z.cpu().numpy()
                 labels += [y[i] for i in indices]
-                files = root.is_dir()
-                names += [
-                    str(x[i].relative_to(root)) if files else f"{split}[{i}]" for i in indices
-                ]
+                for i in indices:
+                    names.append(str(x[i].relative_to(root)) if is_folder else f"{split}[{i}]")
         unknown = "" if any(isinstance(label, str) for label in labels) else -1
         labels = [unknown if label is None else label for label in labels]
         arrays = {name: table[: len(names)] for name, table in tables.items()}

@@ -346,6 +346,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, help="[benchmarks/results/speed-<device>.json]")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as dinov2_cifar.main does
     if given.job:
         result = measure_step(*given.job)
         return None if int(os.environ.get("RANK", 0)) else print("\n" + json.dumps(result))

@@ -381,6 +381,23 @@ def test_draw_shows_a_checkpoint_s_figures(pictures, checkpoint):
         assert width == 1260 and height < 3000
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_embed_and_draw_compute_in_the_precision_of_their_flag(precision, pictures, monkeypatch):
+    x, drawn = make_shapes(6, 32)[0], []
+    np.savez("in.npz", x_train=x.numpy())
+    found = torch.from_numpy(embedded("in.npz", "--precision", precision)["features"])
+    features = {
+        name: dinov2_cifar.extract_features(load_backbone(TEACHER), x, precision=name)
+        for name in ("fp32", "bf16")
+    }
+    errors = {name: (found - expected).abs().max() for name, expected in features.items()}
+    assert errors.pop(precision) < 1e-5 < 1e-3 < min(errors.values())
+    monkeypatch.setattr(dinov2_cifar, "plot_figures", lambda b, *args: drawn.append(b.precision))
+    for words, expected in (["--precision", precision], precision), ([], "auto"):
+        main(["--draw", TEACHER, "--dataset", "in.npz", "--device", "cpu", *words])
+        assert drawn.pop() == expected
+
+
 @pytest.fixture
 def grids(monkeypatch):
     """Return the rows that each figure is made of."""

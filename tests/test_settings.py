@@ -3,6 +3,9 @@
 import ast
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -23,6 +26,8 @@ from dinov2_cifar import (
     train_dinov2,
 )
 
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of Linux
+ON_REQUEST = PAGES.exists() and "[madvise]" in PAGES.read_text()
 DIMS = {"dim": 32, "depth": 2, "heads": 2}
 SIZES = {"tiny": DIMS, "small": {**DIMS, "dim": 48}}
 BASE = {**SMALL, "MODEL_DIMS": SIZES}
@@ -268,6 +273,24 @@ def test_command_line_asks_torch_for_huge_pages_unless_told_otherwise(given, mon
     with pytest.raises(SystemExit):
         main(["--help"])
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == (given or "1")
+
+
+@pytest.mark.skipif(not ON_REQUEST, reason="huge pages are not for those who ask for them")
+@pytest.mark.parametrize("given", [None, "0"])
+def test_large_tensors_get_huge_pages_on_the_command_line(given):
+    """Torch reads the variable once: the import must not have made it do so."""
+    code = """
+import contextlib, dinov2_cifar, torch
+with contextlib.suppress(SystemExit):
+    dinov2_cifar.main(["--help"])
+x = torch.ones(2**26)  # 256 MiB
+print(open("/proc/self/smaps_rollup").read())
+"""
+    env = {"PYTHONPATH": str(ROOT), "THP_MEM_ALLOC_ENABLE": given}
+    env = {name: value for name, value in {**os.environ, **env}.items() if value is not None}
+    text = subprocess.check_output([sys.executable, "-B", "-c", code], env=env, text=True)
+    huge = int(re.search(r"AnonHugePages: +(\d+)", text)[1]) / 2**10  # MiB
+    assert huge < 128 if given else huge > 128
 
 
 def test_main_reports_lack_of_memory_or_disk_and_raises_other_errors(capsys, monkeypatch):
