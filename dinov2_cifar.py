@@ -1262,7 +1262,7 @@ def known_labels(images, labels):
     """Return the set of a split's known labels, without case; of rows, that of the first."""
     if labels is None:
         is_array = isinstance(images, (np.ndarray, torch.Tensor))
-        labels = () if is_array else [split_item(images[0])[1]]
+        labels = [split_item(images[0])[1]] if len(images) and not is_array else ()
     return {str(label).casefold() for label in map(plain_label, labels) if label is not None}
 
 
@@ -1284,6 +1284,7 @@ def read_split(images, labels, size, levels=None):
     is_column = getattr(images, "ndim", 0) == 1 and not torch.is_tensor(images)
     images = images.tolist() if is_column else images  # of pandas, whose [0] need not be the first
     with input_errors("the dataset", "is not a sequence of images or (image, label)"):
+        require(len(images), "one of its parts is empty")
         count, _ = len(images), images[0]
     labels = check_split(images, labels)
     bar = {"disable": True if rank() else None, "leave": False}  # None: where there is no terminal
@@ -1303,6 +1304,7 @@ def check_split(images, labels):
         shape = tuple(images.shape)
         single = len(shape) == 3 and (shape[0] in (1, 3) or shape[2] < 5)
         wanted = f"images must be (N,3,H,W), (N,H,W,3) or gray (N,H,W), not {shape}"
+        wanted += ", which may be one image: add an axis" * single
         require(len(shape) in (3, 4) and not single, wanted)
     if labels is None:
         return None

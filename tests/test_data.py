@@ -635,12 +635,12 @@ def test_cifar_s_own_folder_is_named(tmp_path):
 
 
 BAD = {  # a dataset, and words of its error
-    "nothing": ([], "index"),
+    "nothing": ([], "empty"),
     "no images": (X[:0], "index"),
     "normalized": ((X / 255 - 0.5) / 0.25, "-2..2"),
     "floats to 255": (X.float(), "0..255"),
     "integers": (X.long(), "int64"),
-    "one image": (X[0], "(3, 32, 32)"),
+    "one image": (X[0], "(3, 32, 32), which may be one image: add an axis"),
     "one image, channels last": (arrays(X)[0], "(32, 32, 3)"),
     "flat": (X.flatten(1).numpy(), "(6, 3072)"),
     "one-hot labels": ((X, np.eye(3)[Y]), "label [0.0, 1.0"),
@@ -657,7 +657,8 @@ BAD = {  # a dataset, and words of its error
     "several labels": (Rows((x, [1, 2]) for x in PIL), "label [1, 2]"),
     "three parts": ((X, Y, X), "3"),
     "labels first": ((Y, X), "(6,)"),
-    "no test images": ((X, Y, X[:0], Y[:0]), "index"),
+    "no test images": ((X, Y, X[:0], Y[:0]), "one of its parts is empty"),
+    "several test splits, one empty": ({"train": PIL, "val": [], "test": []}, "parts is empty"),
     "rows without images": (Rows({"text": "a"} for _ in range(6)), "text"),
     "rows with two labels": (
         Rows({"img": x, "fine_label": 1, "coarse_label": 2} for x in PIL),
