@@ -486,16 +486,21 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     """Assign samples to prototypes evenly (SwAV, section 3.1; DINOv2, section 4).
 
     features (B,K): logits; epsilon: temperature. Returns fp32 (B,K) without gradient: rows sum to
-    1, columns to about B / K over all processes. In the log domain: exp overflows.
+    1, columns to about B / K over all processes. Each round scales the columns, then the rows.
     """
     log_q = (features.float() / epsilon).clamp(-1e30, 1e30)
-    least = -80  # below, exp returns denormal numbers, which take a CPU 50 times as long
-    for _ in range(num_iters):
-        peak = all_reduce(log_q.amax(0), "MAX")  # (K,)
-        mass = all_reduce((log_q - peak).clamp(min=least).exp().sum(0))
-        log_q = log_q - peak - mass.log()  # each prototype has mass 1
-        log_q = log_q.log_softmax(1)  # each sample has mass 1
-    return log_q.clamp(min=least).exp() if num_iters else log_q.softmax(1)
+    if not num_iters:
+        return log_q.softmax(1)
+    # exp of the logits overflows. A factor for each column and row changes only the scales
+    log_q = log_q - all_reduce(log_q.amax(0), "MAX")
+    peak = log_q.amax(1, keepdim=True)  # (B,1)
+    q, row_scale = (log_q - peak).clamp(min=-40).exp(), peak.clamp(min=-40).exp()
+    with torch.autocast(q.device.type, enabled=False):
+        for _ in range(num_iters):
+            mass = all_reduce(row_scale.T @ q)  # (1,K)
+            column_scale = mass.amin() / mass  # prototypes have equal mass
+            row_scale = 1 / (q @ column_scale.T)  # (B,1): samples have mass 1
+    return row_scale * q * column_scale
 
 
 def soft_cross_entropy(logits, targets, temperature, target_temp=None):

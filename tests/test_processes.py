@@ -18,7 +18,7 @@ from dinov2_cifar import Config, make_shapes, read_checkpoint
 
 no_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork server")
 # Of a micro-batch, with and without masks: batch norm, Sinkhorn-Knopp, KoLeo, diagnostics
-ALL_REDUCES = {True: 18 + 12 + 4 + 2, False: 9 + 6 + 4 + 2}
+ALL_REDUCES = {True: 18 + 8 + 4 + 2, False: 9 + 4 + 4 + 2}
 pytestmark = [pytest.mark.slow, no_fork]
 
 
