@@ -106,7 +106,8 @@ def test_throughput_measures_a_step(tmp_path, monkeypatch):
     student = [2, 3, 3.5] @ (teacher + local)  # images get no gradient
     heads = 5632 * (16 + masked + 3 * (32 + masked)) - 512 * (32 + masked)  # frozen prototypes
     koleo = 2 * (2 * 8 * 8 * 32)
-    assert row["operations"] == teacher.sum() + student + heads + koleo
+    sinkhorn = 3 * (2 * 2 * 16) * (16 + masked)  # rounds of two products with 16 prototypes
+    assert row["operations"] == teacher.sum() + student + heads + koleo + sinkhorn
     row |= {"operations": 3e9, "seconds": [0.01, 0.02, 0.04], "peak_gib": 1.234}
     row["stages"] = dict.fromkeys(throughput.STAGES, 0.0123)
     cells = "tiny | 8 | ours, eager | 400 (200..800) | 1.23 | 15" + 4 * " | 12.3"

@@ -636,7 +636,7 @@ def test_cifar_s_own_folder_is_named(tmp_path):
 
 BAD = {  # a dataset, and words of its error
     "nothing": ([], "empty"),
-    "no images": (X[:0], "index"),
+    "no images": (X[:0], "empty"),
     "normalized": ((X / 255 - 0.5) / 0.25, "-2..2"),
     "floats to 255": (X.float(), "0..255"),
     "integers": (X.long(), "int64"),
