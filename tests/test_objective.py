@@ -43,6 +43,14 @@ def test_sinkhorn_balances_prototypes_nearly_in_three_rounds_and_exactly_in_many
     assert many.abs().max() < 1e-3 < three.abs().max() < 1 < 4 < none.abs().max()
 
 
+def test_sinkhorn_is_in_fp32_under_autocast_and_keeps_what_a_row_far_below_prefers(device):
+    logits = torch.randn(12, 5)
+    logits[0] -= 8  # 80 nats
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        targets = sinkhorn(logits.to(device), 3, 0.1)
+    close(targets, slow_sinkhorn(logits, 3, 0.1), 1e-4)
+
+
 def extreme_rows():
     """Return finite features or logits by name."""
     x, i, k = torch.randn(32, 16), torch.arange(32).view(-1, 1), torch.arange(16)
