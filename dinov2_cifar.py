@@ -488,29 +488,29 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     features (B,K): logits; epsilon: temperature. Returns fp32 (B,K) without gradient: rows sum to
     1, columns to about B / K over all processes. Each round scales the columns, then the rows.
     """
-    log_q = (features.float() / epsilon).clamp(-1e30, 1e30)
+    q = (features.float() / epsilon).clamp_(-1e30, 1e30)  # in place: new memory costs a CPU more
     if not num_iters:
-        return log_q.softmax(1)
+        return q.softmax(1)
     # exp of the logits overflows, but the scales absorb any factor of a column or row. Below e^-40
     # nothing counts in fp32, and denormal numbers take a CPU 50 times as long
-    log_q = log_q - all_reduce(log_q.amax(0), "MAX")
-    peak = log_q.amax(1, keepdim=True)  # (B,1)
-    q, row_scale = (log_q - peak).clamp(min=-40).exp(), peak.clamp(min=-40).exp()
+    q -= all_reduce(q.amax(0), "MAX")
+    peak = q.amax(1, keepdim=True)  # (B,1)
+    q.sub_(peak).clamp_(min=-40).exp_()
+    row_scale = peak.clamp(min=-40).exp()
     with torch.autocast(q.device.type, enabled=False):
         for _ in range(num_iters):
             mass = all_reduce(row_scale.T @ q)  # (1,K)
             column_scale = mass.amin() / mass  # prototypes have equal mass
             row_scale = 1 / (q @ column_scale.T)  # (B,1): samples have mass 1
-    return row_scale * q * column_scale
+    return q.mul_(row_scale).mul_(column_scale)
 
 
 def soft_cross_entropy(logits, targets, temperature, target_temp=None):
     """Return -sum(targets * log_softmax(logits / temperature)): (...,K) twice -> fp32 (...)."""
-    logits, targets = logits.float() / temperature, targets.float()
+    targets = targets.float()
     if target_temp is not None:
         targets = (targets / target_temp).softmax(-1)
-    # Rows of targets sum to 1, so that log-probabilities (...,K) need not be stored
-    return logits.logsumexp(-1) - (targets * logits).sum(-1)
+    return -(targets * (logits.float() / temperature).log_softmax(-1)).sum(-1)
 
 
 def dino_loss(student_output, teacher_output, teacher_temp=0.04, student_temp=0.1):
@@ -527,12 +527,11 @@ def multi_crop_dino_loss(student_output, targets, student_temp=0.1):
     student_output (V,B,K): logits, global views first; targets (G,B,K): distributions.
     """
     G, L = len(targets), len(student_output) - len(targets)
-    # Cross-entropy is linear in the target, so average the targets of a student view first
+    # Cross-entropy is linear in the target, so add up the targets of a student view first
     total = targets.sum(0)  # (B,K)
-    other_views, all_views = (total - targets) / (G - 1), (total / G).expand(L, -1, -1)
-    targets = torch.cat([other_views, all_views])  # (V,B,K)
-    losses = soft_cross_entropy(student_output, targets, student_temp).mean(1)  # (V,)
-    return ((G - 1) * losses[:G].sum() + G * losses[G:].sum()) / (G * (G - 1 + L))
+    targets = torch.cat([total - targets, total.expand(L, -1, -1)])  # (V,B,K)
+    losses = soft_cross_entropy(student_output, targets, student_temp)  # (V,B)
+    return losses.mean(1).sum() / (G * (G - 1 + L))
 
 
 def ibot_loss(student_output, teacher_output, mask, teacher_temp=0.04, student_temp=0.1):
@@ -1001,7 +1000,7 @@ def raw_pixel_scores(images, mean, std):
 def target_diagnostics(targets, cross_entropy):
     """Return statistics of image targets (G,B,K): the loss alone does not show a collapse."""
     targets = targets.flatten(0, 1)
-    entropy = torch.special.entr(targets).sum(1).mean()
+    entropy = -(targets * targets.clamp(min=1e-30).log()).sum(1).mean()  # faster than entr
     mean = all_reduce(targets.mean(0)) / world_size()
     used = all_reduce(torch.zeros_like(mean).index_fill(0, targets.argmax(1), 1), "MAX")
     values = {"teacher_entropy": entropy, "mean_entropy": torch.special.entr(mean).sum()}
