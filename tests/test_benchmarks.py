@@ -183,4 +183,4 @@ def test_row_of_a_peer_trains_for_given_minutes(tmp_path):
     records = [{"step": step, "seconds": 30 + 0.1 * step} for step in (1, 50)]
     pilot = Mock(has=lambda name: True, records=lambda event: records)
     assert [ablation.Run.epochs_in(pilot, t) for t in (60, 1, 80.5)] == [6, 1, 10]
-    assert run["epoch"] > 3  # of about 0.1 s, not the one of settings
+    assert run["epoch"] > 1  # of about 0.1 s, not the one of settings
