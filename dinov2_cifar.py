@@ -999,7 +999,7 @@ def raw_pixel_scores(images, mean, std):
 @torch.no_grad()
 def target_diagnostics(targets, cross_entropy):
     """Return statistics of image targets (G,B,K): the loss alone does not show a collapse."""
-    targets = targets.flatten(0, 1)
+    targets = targets.flatten(0, 1).float()
     log = targets.clamp(min=1e-30).log_()  # in place: entr takes a CPU longer
     entropy = -log.mul_(targets).sum(1).mean()
     mean = all_reduce(targets.mean(0)) / world_size()
@@ -2584,7 +2584,7 @@ def input_errors(name, message):
 
 
 # Settings of --hour, in which the number of steps counts most: large patches, small crops, no local
-# ones, no masks, and with momentum 0 no forward pass of the teacher
+# ones, no masks, and with momentum 0 no forward pass of the teacher. Only prototypes are worth time
 HOUR = {
     "MODEL_SIZE": "tiny",
     "PATCH_SIZE": 8,
@@ -2601,7 +2601,7 @@ HOUR = {
     "EMA_END": 0.0,
     "TOTAL_EPOCHS": 25,
     "DATASET": "cifar10",
-    "EVAL_EVERY": 19,
+    "EVAL_EVERY": 13,
 }
 # Settings of --quick. Color says nothing about a shape: distort it strongly. A part of a shape is
 # another shape: no small crops, and no masks
