@@ -488,15 +488,14 @@ def sinkhorn_knopp_centering(features, num_iters=3, epsilon=0.05):
     features (B,K): logits; epsilon: temperature. Returns fp32 (B,K) without gradient: rows sum to
     1, columns to about B / K over all processes. Each round scales the columns, then the rows.
     """
-    q = (features.float() / epsilon).clamp_(-1e30, 1e30)  # in place: new memory costs a CPU more
+    log_q = (features.float() / epsilon).clamp_(-1e30, 1e30)
     if not num_iters:
-        return q.softmax(1)
+        return log_q.softmax(1)
     # exp of the logits overflows, but the scales absorb any factor of a column or row. Below e^-40
     # nothing counts in fp32, and denormal numbers take a CPU 50 times as long
-    q -= all_reduce(q.amax(0), "MAX")
-    peak = q.amax(1, keepdim=True)  # (B,1)
-    q.sub_(peak).clamp_(min=-40).exp_()
-    row_scale = peak.clamp(min=-40).exp()
+    log_q -= all_reduce(log_q.amax(0), "MAX")  # in place: new memory costs a CPU more
+    peak = log_q.amax(1, keepdim=True)  # (B,1)
+    q, row_scale = log_q.sub_(peak).clamp_(min=-40).exp_(), peak.clamp(min=-40).exp()
     with torch.autocast(q.device.type, enabled=False):
         for _ in range(num_iters):
             mass = all_reduce(row_scale.T @ q)  # (1,K)
@@ -999,9 +998,8 @@ def raw_pixel_scores(images, mean, std):
 @torch.no_grad()
 def target_diagnostics(targets, cross_entropy):
     """Return statistics of image targets (G,B,K): the loss alone does not show a collapse."""
-    targets = targets.flatten(0, 1).float()
-    log = targets.clamp(min=1e-30).log_()  # in place: entr takes a CPU longer
-    entropy = -log.mul_(targets).sum(1).mean()
+    targets = targets.flatten(0, 1)
+    entropy = torch.special.entr(targets).sum(1).mean()
     mean = all_reduce(targets.mean(0)) / world_size()
     used = all_reduce(torch.zeros_like(mean).index_fill(0, targets.argmax(1), 1), "MAX")
     values = {"teacher_entropy": entropy, "mean_entropy": torch.special.entr(mean).sum()}
@@ -2584,7 +2582,7 @@ def input_errors(name, message):
 
 
 # Settings of --hour, in which the number of steps counts most: large patches, small crops, no local
-# ones, no masks, and with momentum 0 no forward pass of the teacher. Only prototypes are worth time
+# ones, no masks, and with momentum 0 no forward pass of the teacher; but many prototypes
 HOUR = {
     "MODEL_SIZE": "tiny",
     "PATCH_SIZE": 8,

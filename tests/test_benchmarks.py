@@ -174,7 +174,7 @@ def test_peer_loss_is_a_loop_over_rows(name, small):
 @pytest.mark.slow
 def test_row_of_a_peer_trains_for_given_minutes(tmp_path):
     settings = {**SMALL, "DATASET": save_shapes(tmp_path / "s.npz", 512)}  # two steps
-    words = [*"--rows simclr --seeds 0 --minutes 0.05 --output".split(), f"{tmp_path}/a.json"]
+    words = [*"--rows simclr --seeds 0 --minutes 0.1 --output".split(), f"{tmp_path}/a.json"]
     with pytest.raises(SystemExit, match="0"):
         ablation.main([*words, "--base", *ablation.flags(settings)])
     (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]
@@ -183,4 +183,6 @@ def test_row_of_a_peer_trains_for_given_minutes(tmp_path):
     records = [{"step": step, "seconds": 30 + 0.1 * step} for step in (1, 50)]
     pilot = Mock(has=lambda name: True, records=lambda event: records)
     assert [ablation.Run.epochs_in(pilot, t) for t in (60, 1, 80.5)] == [6, 1, 10]
-    assert run["epoch"] > 1  # of about 0.1 s, not the one of settings
+    assert run["epoch"] > 3  # of about 0.1 s, not the one of settings
+    pilot = ablation.Run("simclr", 0, ablation.flags(settings), tmp_path / "a" / "pilot-1", 1)
+    assert run["epoch"] == pilot.epochs_in(6)
