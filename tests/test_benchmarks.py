@@ -6,6 +6,7 @@ import time
 from unittest.mock import Mock
 
 import ablation
+import curve
 import numpy as np
 import peers
 import pytest
@@ -43,6 +44,15 @@ def test_ablation_table():
         "| b | `--b 0` | 30.0 | -11.0 | 50.0 | 100 | 4 | 1,234 |",
         "| c, seed 1 | failed: exit code 2: x / y |",
     ]
+
+
+def test_curve_has_a_point_a_length():
+    runs = [("default", 25, 3400, 0.64), ("default", 4, 540, 0.5), ("default", 25, 3200, 0.63)]
+    runs += [("simclr", 29, 3480, 0.65)]
+    keys = ("row", "epoch", "seconds", "knn")
+    runs = [dict(zip(keys, run, strict=True)) for run in runs]
+    found = curve.points(runs, "knn")
+    assert found == {"default": [(9, 50, 50, 50), (55, 63.5, 63, 64)], "simclr": [(58, 65, 65, 65)]}
 
 
 def save_shapes(path, count):
