@@ -42,7 +42,7 @@ def draw(runs, path):
             axis.axhline(value, color="gray", linestyle=":")
             axis.text(1, value, name, va="bottom", ha="right", transform=axis.get_yaxis_transform())
         ticks = [5, 10, 20, 60, 120, 300]
-        axis.set(title=title, xlabel="minutes of one CPU core", xscale="log", xticks=ticks)
+        axis.set(title=title, xlabel="minutes of one CPU core", xscale="log")
         axis.set_xticks(ticks, map(str, ticks))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
