@@ -1,9 +1,10 @@
 """Draw accuracy against minutes of training, from records of ablation.py.
 
-    python benchmarks/curve.py benchmarks/results/cifar10-*-minutes*.json --output docs/minutes.png
+    cd benchmarks/results
+    python ../curve.py cifar10-five-minutes.json cifar10-hour-prototypes*.json
 
 A point is the end of runs of a length, each with a schedule of that length: the mean of its seeds,
-and a bar from the least to the greatest.
+and a bar from the least to the greatest. The records must be of the same images and --base.
 """
 
 import argparse
@@ -56,4 +57,9 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default="curve.png", help="[curve.png]")
     given = parser.parse_args()
     runs = [run for path in given.records for run in json.loads(path.read_text())["runs"]]
-    draw([run for run in runs if run["row"] in STYLES and "failed" not in run], given.output)
+    runs = [run for run in runs if run["row"] in STYLES and "failed" not in run]
+    if not runs:
+        parser.error(
+            f"no finished run of {' or '.join(STYLES)} in {', '.join(map(str, given.records))}"
+        )
+    draw(runs, given.output)
