@@ -53,7 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from filelock import FileLock
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFile, ImageFont, ImageOps
 from torch import nn
 from torch.utils._triton import has_triton
 from torchvision import datasets
@@ -69,7 +69,7 @@ class Config:
     """All settings, one per line. The comment beside a setting is also its --help text.
 
     Edit the constants, pass them (Config(TOTAL_EPOCHS=1)), or use flags (--total-epochs 1).
-    Config() copies the constants as they are then, and raises InputError if one cannot work.
+    Config() copies the current constants, and raises InputError for an invalid one.
     """
 
     # Network
@@ -107,7 +107,7 @@ class Config:
     LAMBDA_PATCH = 0.4  # weight of the patch-level loss (iBOT); published: 1.0
     LAMBDA_KOLEO = 0.15  # weight of KoLeo, which spreads the features; published: 0.1
     KOLEO_KIND = "nearest"  # "nearest": KoLeo; "cosine" and "uniform": all images repel each other
-    KOLEO_FEATURES = "class"  # what spreads: "class" tokens or the image head's "bottleneck"
+    KOLEO_FEATURES = "class"  # what it spreads: "class" tokens or the image head's "bottleneck"
     MASK_KIND = "block"  # "block": mask rectangles of patches; "random": single ones
     MASK_RATIO = 0.15  # masked fraction of the global crops' patches, <= 0.6 * MASK_PROB; 0: none
     MASK_PROB = 0.5  # fraction of the global crops that are masked
@@ -199,7 +199,7 @@ class MultiCropTransform:
         return views
 
     def random_views(self, images, number, size, scale):
-        """Draw views of uint8 images (B,3,H,W), each number times: (number*B,3,size,size), 0..1."""
+        """Draw number views of each uint8 image (B,3,H,W): (number*B,3,size,size), in 0..1."""
         c, device, count = self.config, images.device, number * len(images)
         flip, jitter, gray = torch.rand(3, count, 1, 1, 1, device=device)
         boxes = random_crop_boxes(count, *images.shape[2:], scale, device)
@@ -211,14 +211,14 @@ class MultiCropTransform:
 
 
 def make_transform(config, backbone):
-    """Return the views of config, normalized as backbone's images."""
+    """Return config's MultiCropTransform, which normalizes as backbone does."""
     c = config
     sizes = (c.GLOBAL_CROP_SIZE, c.LOCAL_CROP_SIZE, c.GLOBAL_CROPS_NUMBER, c.LOCAL_CROPS_NUMBER)
     return MultiCropTransform(*sizes, c, backbone.pixel_mean, backbone.pixel_std)
 
 
 class MultiCropDataset(torch.utils.data.Dataset):
-    """The V views of each image of a dataset (see as_images), drawn on device, or on its own.
+    """The V views of each image of a dataset (see as_images), drawn on device or its own.
 
     [i]: a list of (3,S,S). __getitems__(indices): a list of (B,3,S,S), in one vectorized call.
     """
@@ -427,7 +427,7 @@ class VisionTransformer(nn.Module):
 def resize_pos_embed(pos_embed, size):
     """Return a position embedding (1,1+N,D) of a square for rows x columns of patches."""
     side = math.isqrt(pos_embed.shape[1] - 1)
-    if not torch.compiler.is_exporting() and size == (side, side):  # exported: for any size
+    if not torch.compiler.is_exporting() and size == (side, side):  # an export takes any size
         return pos_embed
     grid = rearrange(pos_embed[:, 1:].float(), "1 (h w) d -> 1 d h w", h=side)
     antialias = pos_embed.device.type != "mps"  # not implemented there
@@ -440,7 +440,7 @@ def build_backbone(config):
     size = (c.IMAGE_SIZE, c.PATCH_SIZE, 3, dims["dim"], dims["depth"], dims["heads"])
     options = {"layer_scale": c.LAYER_SCALE, "drop_path": c.DROP_PATH, "dropout": c.DROPOUT}
     backbone = VisionTransformer(*size, register_tokens=c.REGISTER_TOKENS, **options)
-    backbone.precision = c.PRECISION  # of extract_features
+    backbone.precision = c.PRECISION  # default of extract_features
     return backbone
 
 
@@ -513,7 +513,7 @@ def soft_cross_entropy(logits, targets, temperature, target_temp=None):
 
 
 def dino_loss(student_output, teacher_output, teacher_temp=0.04, student_temp=0.1):
-    """Loss of matching rows (DINO, equation 2; training uses the next): (...,K) twice -> scalar.
+    """Loss of matching rows (DINO, equation 2; see multi_crop_dino_loss): (...,K) twice -> scalar.
 
     With teacher_temp None, teacher_output holds distributions, such as Sinkhorn-Knopp's.
     """
@@ -648,7 +648,7 @@ class DINOv2(nn.Module):
     def teacher_targets(self, crops, patch_indices, temperature, logits=None):
         """Return image targets (G,B,K) and patch targets (M,K), each centered over all rows.
 
-        logits (R,K): the teacher's of the class tokens, where they are known.
+        logits (R,K): the teacher's for the class tokens, if already computed.
         """
         G, rounds = self.config.GLOBAL_CROPS_NUMBER, self.config.SINKHORN_ITERATIONS
         if logits is None:
@@ -734,7 +734,7 @@ def make_optimizer(model):
 
 
 def set_hyperparameters(optimizer, hparams):
-    """Set learning rates and weight decay; freeze what has a rate of its own while that is 0."""
+    """Set learning rates and weight decay; freeze a group while its own learning rate is 0."""
     for group in optimizer.param_groups:
         group["lr"] = hparams.get(group["rate"], hparams["lr"])
         group["weight_decay"] = hparams["weight_decay"] * group["decays"]
@@ -757,7 +757,7 @@ def train_step(model, optimizer, micro_batches, hparams):
     optimizer.zero_grad(set_to_none=True)
     values = {}
     for i, (views, mask, *patch_indices) in enumerate(micro_batches):
-        # A tensor: for each new number, torch.compile would compile again
+        # A tensor: torch.compile would recompile for each new float
         temperature = torch.full((), hparams["teacher_temp"], device=mask.device)
         skip_sync = i + 1 < c.ACCUMULATE and model is not network
         with model.no_sync() if skip_sync else nullcontext():
@@ -773,7 +773,7 @@ def train_step(model, optimizer, micro_batches, hparams):
     finite = torch.isfinite(values["loss"] + values["grad_norm"])
     values["skipped"] = all_reduce(1 - finite.float(), "MAX")
     optimizer.found_inf = values["skipped"]  # as GradScaler sets it; 1 skips the step
-    if finite.device.type != "mps" or not values["skipped"]:  # where the kernel ignores it
+    if finite.device.type != "mps" or not values["skipped"]:  # which ignores found_inf
         optimizer.step()
     network.update_teacher(hparams["momentum"])
     return values
@@ -795,7 +795,7 @@ def train_dinov2(config=None, dataset=None):
         seed_step(c.SEED, 0)
         model = DINOv2(c).to(c.DEVICE)
         optimizer = make_optimizer(model)
-        require_room(c, 4 * sum(p.nbytes for p in model.parameters()))  # two, with AdamW's
+        require_room(c, 4 * sum(p.nbytes for p in model.parameters()))  # two files, with moments
         if checkpoint:
             states = load_checkpoint(checkpoint, model, optimizer)
         elif c.INIT_FROM:
@@ -815,12 +815,12 @@ def train_dinov2(config=None, dataset=None):
         print(f"{images.name[-20:]}: {work}; {c.MODEL_SIZE} on {c.DEVICE}", flush=True)
         if checkpoint:
             logger.restore(states, checkpoint)
-            del states  # as large as networks and optimizer
+            del states  # to free as much memory as networks and optimizer take
         else:
             logger.log("start", data=images.name, torch=str(torch.__version__), config=c.to_dict())
             logger.log("baseline", **measure_baseline(model, images))
 
-        frozen = None  # what is, which DistributedDataParallel has to know
+        frozen = None  # rates that are 0; when they change, DistributedDataParallel is built anew
         with StopRequest() as stop, logger, compiled_step(model, transform, masks):
             for step in range(logger.step, logger.total_steps):
                 seed_step(c.SEED, step + 1, rank())
@@ -869,10 +869,10 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
     """Return fp32 class tokens (N,D), or patch tokens (N,patches,D), in eval mode.
 
     model: a VisionTransformer, or a DINOv2, for its teacher.
-    images: (N,3,H,W), uint8, floats in 0..1 or, if others, normalized; uint8 or arrays also
+    images: (N,3,H,W), uint8, floats in 0..1, or normalized; uint8 or arrays also
     (N,H,W,3); one (3,H,W) or (H,W,3); PIL's or a list of images, resized to the size of training.
     avgpool: return class token and mean patch token, (N,2*D). precision: see PRECISION; None:
-    that of the run; "auto" for a VisionTransformer that is of none.
+    that of the run; "auto" for other VisionTransformers.
     """
     backbone = getattr(model, "teacher", model)
     device, mode, features = backbone.pixel_mean.device, backbone.training, []
@@ -937,9 +937,8 @@ def linear_probe(train_features, train_labels, test_features, test_labels):
         return ((x_test @ weight).argmax(1) == y_test).float().mean().item()
 
     # Standardized, with a column of ones: the last row of weight is the bias
-    x, x_test = (
-        F.pad((t - mean) / std, (0, 1), value=1.0) for t in (train_features, test_features)
-    )
+    standard = ((t - mean) / std for t in (train_features, test_features))
+    x, x_test = (F.pad(t, (0, 1), value=1.0) for t in standard)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y, n = x[order], train_labels[order], len(x) // 5
     penalties = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -955,7 +954,7 @@ def rank_me(features):
 
 
 def labeled(images, labels, most):
-    """Return batches of what has labels, and these; if over most, evenly spaced ones."""
+    """Return batches of the labeled images, and labels; at most `most`, evenly spaced."""
     known = (labels >= 0).nonzero()[:, 0]
     known = known[:: math.ceil(len(known) / most) or 1]
     return (images[i] for i in known.to(images.device).split(512)), labels[known]
@@ -968,14 +967,13 @@ def evaluate(model, images, linear=False):
     """
     if images.train_labels is None or images.test_labels is None:
         return {}
-    parts = [labeled(*images[i : i + 2], 100_000) for i in (0, 2)]
-    if not all(len(y) for _, y in parts):
+    (x, y), (x_test, y_test) = (labeled(*images[i : i + 2], 100_000) for i in (0, 2))
+    if not len(y) or not len(y_test):
         return {}
     train, test = (
-        torch.cat([extract_features(model, x, avgpool=True) for x in batches])
-        for batches, _ in parts
+        torch.cat([extract_features(model, batch, avgpool=True) for batch in batches])
+        for batches in (x, x_test)
     )
-    y, y_test = parts[0][1], parts[1][1]
     require(test.isfinite().all(), f"features are not finite; {REMEDY}")
     x, x_test = (features[:, : features.shape[1] // 2] for features in (train, test))
     scores = {"knn": knn_accuracy(x, y, x_test, y_test), "rank": rank_me(x_test)}
@@ -983,16 +981,14 @@ def evaluate(model, images, linear=False):
 
 
 def raw_pixel_scores(images, mean, std):
-    """Return the k-NN accuracy of raw pixels and, of means of 8 x 8 parts, the linear one."""
-    data, coarse = [], []
-    for x, y in (images[:2], images[2:4]):
-        batches, y = labeled(x, y, math.ceil(50_000 * 3 * 32**2 / x[0].numel()))  # floats are large
+    """Return the k-NN accuracy of at most 32 x 32 pixels, the linear one of at most 8 x 8."""
+    data, coarse, side = [], [], images[0].shape[-1]
+    for batches, y in (labeled(*images[i : i + 2], 50_000) for i in (0, 2)):
         x = [TF.normalize(x / 255, mean, std) for x in batches]
-        data += [torch.cat([part.flatten(1) for part in x]).to(y.device), y]
-        small = torch.cat([F.adaptive_avg_pool2d(part, min(8, *part.shape[2:])) for part in x])
-        coarse += [small.flatten(1).to(y.device), y]
-    scores = knn_accuracy(*data), linear_probe(*coarse)
-    return dict(zip(("raw_pixels_knn", "raw_pixels_linear"), scores, strict=True))
+        x = torch.cat([F.adaptive_avg_pool2d(x, min(32, side)) for x in x]).to(y.device)
+        data += [x.flatten(1), y]
+        coarse += [F.adaptive_avg_pool2d(x, min(8, side)).flatten(1), y]
+    return {"raw_pixels_knn": knn_accuracy(*data), "raw_pixels_linear": linear_probe(*coarse)}
 
 
 @torch.no_grad()
@@ -1003,24 +999,22 @@ def target_diagnostics(targets, cross_entropy):
     mean = all_reduce(targets.mean(0)) / world_size()
     used = all_reduce(torch.zeros_like(mean).index_fill(0, targets.argmax(1), 1), "MAX")
     values = {"teacher_entropy": entropy, "mean_entropy": torch.special.entr(mean).sum()}
-    prototypes = used.sum() / min(len(mean), len(targets) * world_size())  # of those that can be
+    prototypes = used.sum() / min(len(mean), len(targets) * world_size())  # of the usable ones
     return {**values, "kl": cross_entropy.detach() - entropy, "prototypes": prototypes}
 
 
 def collapse_warnings(scores, means, baseline, config):
     """Return a sentence for each sign of a collapse; means: of target_diagnostics."""
-    log_k = math.log(config.PROJECTION_DIM)
-    log_crops = math.log(config.GLOBAL_CROPS_NUMBER * config.BATCH_SIZE * world_size())
+    c, log_k = config, math.log(config.PROJECTION_DIM)
+    most = min(log_k, math.log(c.GLOBAL_CROPS_NUMBER * c.BATCH_SIZE * world_size()))
     entropy, mean_entropy = means["teacher_entropy"], means["mean_entropy"]
     rank, first_rank = scores["rank"], baseline["rank"]
-    signs = []
-    if mean_entropy < 0.5 * min(log_k, log_crops):
-        signs.append(f"all images get one target (mean entropy {mean_entropy:.2f})")
-    if entropy > 0.99 * log_k:
-        signs.append(f"the targets are uniform (entropy {entropy:.2f})")
-    if rank < 0.5 * first_rank:
-        signs.append(f"the rank fell from {first_rank:.1f} to {rank:.1f}")
-    return signs
+    signs = {
+        f"all images get one target (mean entropy {mean_entropy:.2f})": mean_entropy < 0.5 * most,
+        f"the targets are uniform (entropy {entropy:.2f})": entropy > 0.99 * log_k,
+        f"the rank fell from {first_rank:.1f} to {rank:.1f}": rank < 0.5 * first_rank,
+    }
+    return [sign for sign, found in signs.items() if found]
 
 
 # ---- Image operations, torchvision's with parameters for each image; masks ----
@@ -1066,11 +1060,11 @@ def random_crop_boxes(batch, height, width, scale, device, ratio=(3 / 4, 4 / 3),
 
 
 def color_jitter(x, changes):
-    """Adjust brightness, contrast, saturation and hue of images in an order of their own.
+    """Adjust brightness, contrast, saturation and hue of each image in a random order.
 
     x (B,3,H,W) in 0..1. changes (4,B,1,1,1): added to the hue, and to the factors, which are 1.
     """
-    # Hue takes longest, and is adjusted once for all: chance decides what comes before it
+    # Hue takes longest, so it is adjusted once, for all; what comes before it is random
     rows = math.ceil(len(x) / 4) * 4
     shuffled = torch.rand(rows, device=x.device).argsort()
     order, indices = torch.rand(3, rows, 1, 1, 1, device=x.device).argsort(0), shuffled % len(x)
@@ -1183,10 +1177,10 @@ class Images(NamedTuple):
     test_labels: torch.Tensor = None
     name: str = "your images"
     obstacle: str = "no training labels"  # why nothing can be evaluated
-    classes: tuple = ()  # as the labels were before they became numbers
+    classes: tuple = ()  # original labels, by number
 
 
-def as_images(dataset, size=None):
+def as_images(dataset, size=None, choose=None):
     """Return a dataset as Images, resized and center-cropped to size, classes numbered from 0.
 
     dataset: images, (images, labels), (images, labels, test_images, test_labels), a pair of
@@ -1194,26 +1188,54 @@ def as_images(dataset, size=None):
     y_test. Images are an array or tensor (N,3,H,W), (N,H,W,3) or gray (N,H,W), uint8 or floats in
     0..1; or a sequence of paths, of images, of (image, label), or of rows with image and label.
     A label is an integer from 0 on or a string; -1 or None: unknown.
+    choose: a function of the number of training images that returns the indices of those to read,
+    or None for all, and the indices of those that replace the test images, or [].
     """
     name = dataset.name if isinstance(dataset, Images) else Images._field_defaults["name"]
     (x, y), (x_test, y_test) = find_splits(dataset)
-    # torchvision's datasets have names, too, of labels that are their own
-    names = getattr(x if y is None else dataset, "classes", ())
-    x, y, levels = read_split(x, y, size)
+    x, x_test = as_sequence(x), x_test if x_test is None else as_sequence(x_test)
+    # torchvision's datasets have class names, which fit only their own labels
+    names = class_names(x if y is None else dataset)
+    test_names = class_names(x_test) if y_test is None else names
+    chosen, held_out = choose(len(x)) if choose else (None, [])
+    if held_out:
+        x_test, y_test, test_names = x, y, names
+    x, y, levels = read_split(x, y, size, chosen)
     if x_test is not None:
-        x_test, y_test, _ = read_split(x_test, y_test, size, levels)
-    y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
-    known = isinstance(names, (list, tuple))
-    if known and all(isinstance(label, int) and label < len(names) for label in classes):
-        classes = tuple(names[label] for label in classes)
-    return Images(x, y, x_test, y_test, name, obstacle, classes)
+        x_test, y_test, _ = read_split(x_test, y_test, size, held_out, levels)
+        if names and test_names and names != test_names:  # one number, two classes
+            y, y_test = name_labels(y, names), name_labels(y_test, test_names)
+    y, y_test, obstacle, classes = number_labels(y, y_test or [])
+    return Images(x, y, x_test, y_test, name, obstacle, tuple(name_labels(classes, names)))
 
 
-# Names of images and labels in a mapping, a .npz, or a folder of .npy files
-TRAIN = [("x_train", "y_train"), ("train_images", "train_labels"), ("train", "")]
-TEST = [("x_test", "y_test"), ("test_images", "test_labels"), ("test", "")]
-TEST += [("x_val", "y_val"), ("val_images", "val_labels"), ("val", "")]
-TEST += [("x_valid", "y_valid"), ("valid", ""), ("validation", "")]
+def as_sequence(images):
+    """Return images, refused if they have no length and [i]; a list of a column of pandas."""
+    is_column = getattr(images, "ndim", 0) == 1 and not torch.is_tensor(images)
+    images = images.tolist() if is_column else images  # whose [0] need not be the first
+    with input_errors("the dataset", "is not a sequence of images or (image, label)"):
+        require(len(images), "one of its parts is empty")
+        images[0]
+    return images
+
+
+def class_names(dataset):
+    names = getattr(dataset, "classes", ())
+    return [*names] if isinstance(names, (list, tuple)) else []
+
+
+def name_labels(labels, names):
+    """Return numbers, or None, as names; labels as they are, if one has no name."""
+    known = all(i is None or (isinstance(i, int) and i < len(names)) for i in labels)
+    return [i if i is None else names[i] for i in labels] if known else labels
+
+
+SPLITS = ("train", "test", "val", "valid", "validation")
+
+
+def names_of_split(split):
+    """Return names of a split's images, and of its labels, in a mapping, .npz or .npy files."""
+    return (f"x_{split}", f"{split}_images", split), (f"y_{split}", f"{split}_labels")
 
 
 def find_splits(dataset):
@@ -1222,16 +1244,16 @@ def find_splits(dataset):
     Of several test splits, the first whose labels are all in training; else one with labels.
     """
     splits = as_splits(dataset)
-    train = next((x for x, _ in TRAIN if x in splits), None)
-    if train is None:  # of a mapping
+    train = next((x for x in names_of_split("train")[0] if x in splits), None)
+    if train is None:  # only a mapping can lack it
         names = ", ".join(map(str, dataset))
-        raise InputError(f"wanted is x_train, train_images or train, not {names}")
+        raise InputError(f"it needs x_train, train_images or train, and has {names}")
 
     def unfit(name):
         labels = known_labels(*splits[name])
         return not labels, splits[train][1] is not None and not labels <= known
 
-    tests = [x for x, _ in TEST if x in splits]
+    tests = [x for split in SPLITS[1:] for x in names_of_split(split)[0] if x in splits]
     if len(tests) > 1:
         known = known_labels(*splits[train])
         tests.sort(key=unfit)
@@ -1245,10 +1267,18 @@ def as_splits(dataset):
     """Return a dataset as {one of the names above: (images, labels)}."""
     require(not isinstance(dataset, (str, Path)), f"a path, {dataset}, is a DATASET of Config")
     if isinstance(dataset, Mapping):
-        data = {str(key).casefold(): value for key, value in dataset.items()}
-        names = [(x, y) for x, y in TRAIN + TEST if data.get(x) is not None]
-        return {x: as_pair(data[x], data.get(y)) for x, y in names}
+        data = {str(key).casefold(): value for key, value in dataset.items() if value is not None}
+        splits = {}
+        for names, label_names in map(names_of_split, SPLITS):
+            names = [name for name in names if name in data]
+            labels = [data.pop(name) for name in label_names if names and name in data][:1]
+            splits |= {name: as_pair(data.pop(name), *labels) for name in names}
+        if data and splits:
+            print(f"not used: {', '.join([*data][:5])}", flush=True)
+        return splits
     parts = dataset[:4] if isinstance(dataset, Images) else dataset
+    if isinstance(parts, list) and all(isinstance(x, torch.utils.data.Dataset) for x in parts):
+        parts = tuple(parts) or parts  # of random_split
     if not isinstance(parts, tuple):
         return {"train": (parts, None)}
     require(len(parts) in (2, 4), f"a dataset is a tuple of 2 or 4, not {len(parts)}")
@@ -1263,10 +1293,9 @@ def as_pair(images, labels=None):
 
 
 def known_labels(images, labels):
-    """Return the set of a split's known labels, without case; of rows, that of the first."""
+    """Return the set of a split's known labels, case-folded; for rows, the first one's."""
     if labels is None:
-        is_array = isinstance(images, (np.ndarray, torch.Tensor))
-        labels = [split_item(images[0])[1]] if len(images) and not is_array else ()
+        labels = [split_item(images[0])[1]] if len(images) else ()
     return {str(label).casefold() for label in map(plain_label, labels) if label is not None}
 
 
@@ -1279,27 +1308,32 @@ def are_labels(values):
         return Path(first).suffix.lower() not in IMAGE_SUFFIXES
     if first is None or isinstance(first, (int, float)):
         return True
-    one = isinstance(first, list) and len(first) == 1
-    return not isinstance(values, tuple) and (one or getattr(first, "ndim", 2) < 2)
+    if isinstance(values, tuple):
+        return getattr(first, "ndim", 1) == 0
+    return getattr(first, "ndim", 2) < 2 or (isinstance(first, list) and len(first) == 1)
 
 
-def read_split(images, labels, size, levels=None):
-    """Return images uint8 (N,3,H,W), a list of labels, and levels (see stack_images)."""
-    is_column = getattr(images, "ndim", 0) == 1 and not torch.is_tensor(images)
-    images = images.tolist() if is_column else images  # of pandas, whose [0] need not be the first
-    with input_errors("the dataset", "is not a sequence of images or (image, label)"):
-        require(len(images), "one of its parts is empty")
-        count, _ = len(images), images[0]
-    labels = check_split(images, labels)
-    bar = {"disable": True if rank() else None, "leave": False}  # None: where there is no terminal
-    if not isinstance(images, (np.ndarray, torch.Tensor)):
-        items = tqdm(read_items(images, labels, size), "reading", count, **bar)
-        return stack_images(items, count, levels)
-    x, labels = images[:, None] if images.ndim == 3 else images, labels or [None] * count
-    if to_uint8(x[:1], size).shape == to_uint8(x[:1]).shape and x.dtype in (np.uint8, torch.uint8):
-        return to_uint8(x), labels, levels  # a view: it may be memory-mapped
-    parts = (slice(i, i + 256) for i in tqdm(range(0, count, 256), "reading", **bar))
-    return stack_images(((to_uint8(x[i], size), labels[i]) for i in parts), count, levels)
+def read_split(images, labels, size, indices=None, levels=None):
+    """Return images uint8 (N,3,H,W), a list of labels, and levels (see stack_images).
+
+    indices: of the images to read; None: all.
+    """
+    labels, is_array = check_split(images, labels), isinstance(images, (np.ndarray, torch.Tensor))
+    if indices:
+        images = images[indices] if is_array else torch.utils.data.Subset(images, indices)
+        labels = labels and [labels[i] for i in indices]
+    count = len(images)
+    if is_array:
+        x, labels = images[:, None] if images.ndim == 3 else images, labels or [None] * count
+        as_is = to_uint8(x[:1], size).shape == to_uint8(x[:1]).shape
+        if as_is and x.dtype in (np.uint8, torch.uint8):
+            return to_uint8(x), labels, levels  # a view: it may be memory-mapped
+        parts = (to_uint8(x[i : i + 256], size) for i in range(0, count, 256))
+        items = zip((image for part in parts for image in part), labels, strict=True)
+    else:
+        items = read_items(images, labels, size)
+    bar = {"disable": True if rank() else None, "leave": False}  # None: only on a terminal
+    return stack_images(tqdm(items, "reading", count, **bar), count, levels)
 
 
 def check_split(images, labels):
@@ -1319,27 +1353,29 @@ def check_split(images, labels):
 
 def read_items(dataset, labels, size):
     """Yield image and label of each item; of files, leave out and report the unreadable ones."""
-    are_files, left_out = isinstance(dataset[0], (str, Path)), {}
+    are_files, left_out = isinstance(split_item(dataset[0])[0], (str, Path)), {}
 
     def read(i):
+        image = None
         try:
             image, label = split_item(dataset[i])
+            is_open = isinstance(image, ImageFile.ImageFile) and image.filename and image.tile
+            if is_open and image.format in FORMATS:  # it would keep the pixels that it decodes
+                image = image.filename
             return read_image(image, size), labels[i] if labels else plain_label(label)
         except Exception as error:  # Pillow raises many kinds
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             require(are_files, f"item {i} of the dataset: {reason}")
-            return None, re.sub(r" ?(\(.*?\)|'.*'|\d+)", "", reason)
+            file = "/".join(Path(str(image)).parts[-2:])
+            left_out.setdefault(re.sub(r" ?(\(.*?\)|'.*'|\d+)", "", reason), []).append(file)
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(dataset), 1024):  # the images of all at once would need memory
+        for start in range(0, len(dataset), 1024):  # in parts, to limit memory
             numbers = range(start, min(start + 1024, len(dataset)))
             results = pool.map(read, numbers) if are_files else map(read, numbers)
-            for i, (image, label) in zip(numbers, results, strict=True):
-                if image is None:
-                    left_out.setdefault(label, []).append("/".join(Path(dataset[i]).parts[-2:]))
-                else:
-                    yield image, [label]
-    text = "; ".join(f"{len(n)} {reason} ({', '.join(n[:3])})" for reason, n in left_out.items())
+            yield from (item for item in results if item)
+    reasons = sorted(left_out.items())
+    text = "; ".join(f"{len(n)} {reason} ({', '.join(sorted(n)[:3])})" for reason, n in reasons)
     count = sum(map(len, left_out.values()))
     require(count < len(dataset), f"no readable image: {text}")
     if count and rank() == 0:
@@ -1357,11 +1393,13 @@ def split_item(item):
     return item[images[0]], item[labels[0]] if labels else None
 
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start a program
+
+
 def read_image(image, size=None):
     """Return to_uint8 of one image or file; of more than 8 bits, floats (1,H,W) as they are."""
     if isinstance(image, (str, Path)):
-        formats = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # EPS would start a program
-        with Image.open(image, formats=formats) as file:
+        with Image.open(image, formats=FORMATS) as file:
             if size:  # decode a large JPEG at a half, a quarter or an eighth of its size
                 file.draft(None, (2 * size, 2 * size))
             return read_image(file, size)
@@ -1385,6 +1423,8 @@ def to_uint8(image, size=None):
         require(image.mode[0] not in "IF", f"mode {image.mode} has over 8 bits; use RGB")
         image = TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     with input_errors("images", "must be PIL's, or arrays or tensors of uint8 or floats in 0..1"):
+        is_array = isinstance(image, (list, tuple)) or hasattr(image, "__array__")
+        require(is_array, f"not {type(image).__name__}")  # NumPy would read a whole data set
         if isinstance(image, np.memmap):  # not copied; torch warns that it cannot be written to
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -1412,34 +1452,34 @@ def resize_square(x, size):
     return TF.resize(square, [size, size], TF.InterpolationMode.BICUBIC)
 
 
-def stack_images(parts, count, levels=None):
-    """Return the images of parts, uint8 (n,3,H,W), n <= count, their labels, and levels.
+def stack_images(items, count, levels=None):
+    """Return the images of items, uint8 (n,3,H,W), n <= count, their labels, and levels.
 
-    parts: images and list of labels, uint8 (b,3,H,W) or one (3,H,W); or, of more than 8 bits,
-    floats (1,H,W), of which levels become 0 and 255: 0.1 % of all values are below and above.
+    items: image and label. An image is uint8 (3,H,W) or, of more than 8 bits, floats (1,H,W), of
+    which levels become 0 and 255: 0.1 % of all values are below and above.
     """
-    images, all_labels, floats, n = None, [], {}, 0
-    for x, labels in parts:
-        x = x if x.ndim == 4 else x.unsqueeze(0)
+    images, labels, floats = None, [], {}
+    for i, (x, label) in enumerate(items):
         if images is None:
-            images = torch.empty(count, 3, *x.shape[2:], dtype=torch.uint8)
-        shapes = [tuple(t.shape[2:]) for t in (images, x)]
-        require(
-            shapes[0] == shapes[1], f"images have {shapes[0]} and {shapes[1]} pixels: give a size"
-        )
+            shape = (count, 3, *x.shape[1:])
+            need = f"need {math.prod(shape) / 1e9:,.1f} GB; lower IMAGE_SIZE or TRAIN_IMAGES"
+            with input_errors(f"{count:,} images", need):
+                images = torch.empty(shape, dtype=torch.uint8)
+        sizes = tuple(images.shape[2:]), tuple(x.shape[1:])
+        require(sizes[0] == sizes[1], f"images have {sizes[0]} and {sizes[1]} pixels: give a size")
         if x.is_floating_point():
-            floats[n] = x[0]
+            floats[i] = x
         else:
-            images[n : n + len(x)] = x
-        n += len(x)
-        all_labels += labels
+            images[i] = x
+        labels.append(label)
     if floats:
-        step = math.ceil(sum(x.numel() for x in floats.values()) / 1e7) | 1  # odd: of all columns
+        # An odd step, so that all columns are sampled
+        step = math.ceil(sum(x.numel() for x in floats.values()) / 1e7) | 1
         values = torch.cat([x.flatten()[::step] for x in floats.values()]).numpy()
         low, high = levels = levels or np.quantile(values, (0.001, 0.999)).tolist()
         for i, x in floats.items():
             images[i] = ((x - low) / max(high - low, 1e-9) * 255).round().clamp(0, 255)
-    return images[:n], all_labels, levels
+    return images[: len(labels)], labels, levels
 
 
 def plain_label(label):
@@ -1449,9 +1489,8 @@ def plain_label(label):
     label = int(label) if isinstance(label, float) and label.is_integer() else label
     known = isinstance(label, str) or (isinstance(label, int) and label >= 0)
     wanted = "an integer from 0 on, a string, or -1 for unknown; images alone will do"
-    require(
-        known or label in (None, -1) or label != label, f"label {str(label)[:40]} must be {wanted}"
-    )
+    unknown = str(label) in ("None", "-1", "nan", "<NA>")
+    require(known or unknown, f"label {str(label)[:40]} must be {wanted}")
     return label if known else None
 
 
@@ -1558,15 +1597,15 @@ def load_cifar(name, root):
 
 
 def load_arrays(path):
-    """Return the arrays of a .npz, or of a .npy, memory-mapped, and those that belong to it."""
+    """Return the arrays of a .npz, or of a .npy and its companions, memory-mapped."""
     path = Path(path)
     with input_errors(path, "is not a .npz or .npy of numbers"):
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as archive:
                 return dict(archive)
-        names = {name for pair in TRAIN + TEST for name in pair}
+        names = {name for split in SPLITS for names in names_of_split(split) for name in names}
         files = [f for f in path.parent.glob("*.[nN][pP][yY]") if f.stem.casefold() in names]
-        files = files if path.stem.casefold() in {name for name, _ in TRAIN} else []
+        files = files if path.stem.casefold() in names_of_split("train")[0] else []
         return {f.stem: np.load(f, "r") for f in files} or {"x_train": np.load(path, "r")}
 
 
@@ -1579,7 +1618,7 @@ def find_files(root):
     seen = {root}
     for folder, names, files in os.walk(root, onerror=print, followlinks=True):
         places = {name: Path(folder, name).resolve() for name in sorted(names) if name[0] != "."}
-        names.clear()  # os.walk goes on with what is in it
+        names.clear()  # os.walk descends into what is left here
         for name, place in places.items():
             inside = root in place.parents or place in root.parents
             if place not in seen and not (inside and Path(folder, name).is_symlink()):
@@ -1591,57 +1630,84 @@ def find_files(root):
 def load_folder(path):
     """Return paths and labels, of train/<class>/ and test/<class>/, or of <class>/.
 
-    Two folders are splits if their names differ in train(ing) and test, val or the like alone.
+    Folders are splits if their names differ in train(ing) and test, val or the like alone, or if
+    all of a folder's folders are named so.
     """
     root = Path(path).resolve()
     files = [*find_files(root)]
-    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    known = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES * bool(pictures))
     kinds = [file.suffix.lower() or file.name for file in files]
-    kinds = Counter(kind for kind in kinds if kind not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES))
+    kinds = Counter(kind for kind in kinds if kind not in known)
     others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     is_cifar = {"data_batch_1", "meta"} & {*kinds}  # of 10 or 100 classes
     hint = "; for CIFAR use --dataset cifar10 (or 100) --data-path" if is_cifar else ""
-    require(images, f"no readable image in {path}, but {others or 'no files'}{hint}")
+    require(pictures, f"no readable image in {path}, but {others or 'no files'}{hint}")
 
+    images = without_masks(pictures)
     root = Path(os.path.commonpath([file.parent for file in images]))
     deeper = [file.parent for file in images if file.parent != root] or [root]
     splits = {}
-    for name, folder in (find_split_folders(images) or {"train": root}).items():
-        below = [file for file in images if folder in file.parents]
-        top = folder if folder != root else Path(os.path.commonpath(deeper))
-        splits[name] = below, folder_labels(top, below)
-    unused = sorted({*images}.difference(*[below for below, _ in splits.values()]))
-    loose = [f for pair in splits.values() for f, y in zip(*pair, strict=True) if y is None]
-    for text, some in ("used", unused), ("in a class folder", loose):
-        if 0 < len(some) < len(images):
+    for name, folders in (find_split_folders(images) or {"train": [root]}).items():
+        paths, labels = splits[name] = [], []
+        for folder in folders:
+            below = [file for file in images if folder in file.parents]
+            top = folder if folder != root else Path(os.path.commonpath(deeper))
+            paths += below
+            labels += folder_labels(top, below)
+    used = {f: y for pair in splits.values() for f, y in zip(*pair, strict=True)}
+    unused = [f for f in pictures if f not in used]
+    loose = [f for f, y in used.items() if y is None]
+    for text, some, total in ("used", unused, pictures), ("in a class folder", loose, used):
+        if 0 < len(some) < len(total):
             print(f"not {text}: {len(some):,} images, such as {some[0]}", flush=True)
     if others:
         print(f"no images: {others}", flush=True)
     return splits
 
 
+def find_word(folder, words):
+    """Return a folder's name with * for one of some words (not in "trainer"), or None."""
+    pattern = rf"(?<![a-z])({words})(?=set|image|data|[^a-z]|$)"
+    name, count = re.subn(pattern, "*", folder.name.lower())
+    return name if count else None
+
+
+def with_parents(files):
+    folders = {file.parent for file in files}
+    return sorted(folders.union(*(folder.parents for folder in folders)))
+
+
+def without_masks(files):
+    """Return files without those in folders such as masks/ beside images/."""
+    words = "masks?|labels?|annotations?|segmentations?|trimaps?|ground_?truth|gt|depth"
+    folders = {f: find_word(f, "images?|imgs?|jpegimages") for f in with_parents(files)}
+    images = {(f.parent, name) for f, name in folders.items() if name}
+    masks = {f for f in folders if (f.parent, find_word(f, words)) in images}
+    return [file for file in files if masks.isdisjoint(file.parents)]
+
+
 def find_split_folders(files):
-    """Return the folders with training, test and validation images by these names, or {}."""
-    folders = {f for parent in {file.parent for file in files} for f in (parent, *parent.parents)}
-    word = r"(?<![a-z])({})(?=set|image|data|[^a-z]|$)"  # not in other words
-    train = word.format("train(ing|val)?")
-    trains = {(f.parent, re.sub(train, "*", f.name.lower())): f for f in sorted(folders)}
-    found = []
-    for name, words in ("test", "test(ing|s|1)?"), ("val", "val(id(ation)?)?|eval(uation)?|dev"):
-        for test in sorted(folders):
-            key = test.parent, re.sub(word.format(words), "*", test.name.lower())
-            if "*" in key[1] and key in trains:
-                found.append((trains[key], name, test))
-    least = min((len(test.parts) for *_, test in found), default=0)
-    found = [(train, name, test) for train, name, test in found if len(test.parts) == least]
-    names = sorted({"/".join(test.parts[-2:]) for *_, test in found})
-    several = len({test.parent for *_, test in found}) > 1
-    require(not several, f"several splits: {', '.join(names[:4])}; give a folder with one of them")
-    splits = {}
-    for train, name, test in found:
-        if splits.setdefault("train", train) == train:
-            splits.setdefault(name, test)
-    return splits
+    """Return {"train": folders, "test" or "val" or both: folders}, by their names, or {}."""
+    words = {"train": "train(ing|val)?", "test": "test(ing|s)?"}
+    words["val"] = "val(id(ation)?)?|eval(uation)?|dev"
+    siblings, found = {}, {}
+    for folder in with_parents(files):
+        siblings.setdefault(folder.parent, []).append(folder)
+    for parent, folders in siblings.items():
+        names = {s: {find_word(f, words[s]): f for f in folders} for s in words}
+        alike = [n for s in ("test", "val") for n in names[s] if n and n in names["train"]]
+        kinds = {f: s for s in reversed(words) for n, f in names[s].items() if n}
+        if alike:
+            found[parent] = {s: [names[s][alike[0]]] for s in words if alike[0] in names[s]}
+        elif len(kinds) == len(folders) and {"train"} < {*kinds.values()}:
+            found[parent] = {s: [f for f in folders if kinds[f] == s] for s in kinds.values()}
+    least = min((len(parent.parts) for parent in found), default=0)
+    highest = [splits for parent, splits in found.items() if len(parent.parts) == least]
+    tests = [f for splits in highest for split, (f, *_) in splits.items() if split != "train"]
+    names = ", ".join(sorted("/".join(f.parts[-2:]) for f in tests)[:4])
+    require(len(highest) < 2, f"several splits: {names}; give a folder with one of them")
+    return highest[0] if highest else {}
 
 
 def folder_labels(split, files):
@@ -1653,7 +1719,7 @@ def folder_labels(split, files):
         return [rows.get(file.name) for file in files]
     n = len(split.parts)
     parts = [file.parts[n:] if file.parts[:n] == split.parts else ("",) for file in files]
-    for _ in range(2):  # images/<class>/ and the split's name twice
+    for _ in range(2):  # skip images/ and a repeated name of the split
         names = {part[0] for part in parts if len(part) > 1}
         if names and names <= {split.name, "images"}:
             parts = [part[1:] if len(part) > 1 else part for part in parts]
@@ -1693,25 +1759,23 @@ def prepare_images(config, dataset=None):
     if dataset is None:
         print(f"loading {c.DATASET[-60:]} ...", flush=True)
         dataset, name = load_images(c), f"DATASET ({c.DATASET!r})"
+
+    def choose(total):
+        """Return the indices of TRAIN_IMAGES, or None for all, and of VALIDATION_IMAGES."""
+        rest = total - c.VALIDATION_IMAGES
+        require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below {total}")
+        count = min(c.TRAIN_IMAGES or rest, rest)
+        if count == total:
+            return None, []
+        # At random: files are sorted by class. The held-out ones are always the same
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        return [i.sort().values.tolist() for i in (order[:count], order[rest:])]
+
     with input_errors(name, "cannot be used"):
-        images = as_images(dataset, c.IMAGE_SIZE)
+        images = as_images(dataset, c.IMAGE_SIZE, choose)
     if isinstance(dataset, dict) and name != "the dataset":
         images = images._replace(name=Path(c.DATASET).resolve().name)
-    total = len(images.train_images)
-    rest = total - c.VALIDATION_IMAGES
-    require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images")
-    count = min(c.TRAIN_IMAGES or rest, rest)
-    if count < total:  # at random: files are sorted by class; the held-out ones are always the same
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        parts = order[:count].sort().values, order[rest:].sort().values
-        train, held_out = ([t if t is None else t[i] for t in images[:2]] for i in parts)
-        test = held_out if c.VALIDATION_IMAGES else images[2:4]
-        images = Images(*train, *test, *images[4:])
-        if images.train_labels is not None and images.test_labels is not None:
-            y, y_test = ({*labels.tolist()} - {-1} for labels in images[1:4:2])
-            if len(y) < 2 or not y & y_test:
-                obstacle = "training and test images have too few classes in common"
-                images = images._replace(test_labels=None, obstacle=obstacle)
+    count = len(images.train_images)
     most, least = max_over_processes(count, -count)
     require(most == -least, f"processes have {-least:.0f} to {most:.0f} training images")
     x, y, x_test, *_ = images
@@ -1739,7 +1803,7 @@ def describe_images(images):
 
 def channel_mean_std(images):
     """Return the channels' mean and standard deviation, in 0..1, of uint8 images (N,3,H,W)."""
-    images = images[:: math.ceil(images.numel() / 2**28)]  # of very many, some
+    images = images[:: math.ceil(images.numel() / 2**28)]  # a sample of very many
     channels = images.transpose(0, 1).flatten(1)
     counts = torch.stack([torch.bincount(c.int(), minlength=256).cpu() for c in channels]).double()
     level = torch.arange(256, dtype=torch.double) / 255  # counts (3,256) are small and exact
@@ -1834,7 +1898,7 @@ def setup_processes(config):
 
 
 def wrap_ddp(model):
-    """With several processes, wrap model so that they average what has gradients by now."""
+    """With several processes, wrap model: they average gradients of what is trained now."""
     if world_size() == 1:
         return model
     unused = not model.config.MASK_RATIO  # the patch head, without masks
@@ -1887,7 +1951,7 @@ def images_per_step(config):
 
 
 def count_steps(count, config):
-    """Return an epoch's steps; what is left of its count images is left out."""
+    """Return an epoch's steps; an incomplete last step is left out."""
     n, c = images_per_step(config), config
     needs = f"needs {n} images per step, there are {count} (TRAIN_IMAGES {c.TRAIN_IMAGES})"
     require(n <= count, f"BATCH_SIZE ({c.BATCH_SIZE}) {needs}; lower it")
@@ -1960,7 +2024,7 @@ def read_file(path):
     except OSError:
         raise
     except Exception:  # of many kinds
-        raise InputError("it is cut, or holds other Python objects than weights") from None
+        raise InputError("it is truncated, or holds other Python objects than weights") from None
 
 
 def read_checkpoint(path, states=None):
@@ -1968,7 +2032,7 @@ def read_checkpoint(path, states=None):
     with input_errors(path, "is not a checkpoint of this program"):
         states = read_file(path) if states is None else states
         names = [*map(str, states)] if isinstance(states, dict) else [type(states).__name__]
-        kind = f"it holds {', '.join(names[:3])}; wanted are config and teacher_state_dict"
+        kind = f"it holds {', '.join(names[:3])}; needed are config and teacher_state_dict"
         if any(name.endswith("cls_token") for name in names):
             kind = "it holds weights for timm's or Meta's models; INIT_FROM takes them"
         require({"config", "teacher_state_dict"} <= {*names}, kind)
@@ -2001,9 +2065,9 @@ def read_weights(path):
         weights["register_tokens"] = weights.pop("reg_token")
     if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # the class token has none
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, unless it says
-    for name, values in ("pixel_mean", mean), ("pixel_std", std):
-        weights.setdefault(name, torch.tensor(values).view(3, 1, 1))
+    # Of ImageNet, unless the file has its own
+    weights.setdefault("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+    weights.setdefault("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
     return weights, {}, None
 
 
@@ -2030,7 +2094,7 @@ def load_weights(path, model):
             fresh, left = backbone.load_state_dict(weights, strict=False)
         wrong = [name for name in left if not re.search("^register_tokens|head", name)]
         wrong += [name for name in fresh if name != "mask_token"]
-        require(not wrong, f"only one of both has {', '.join(wrong[:3])}")
+        require(not wrong, f"only one of the two has {', '.join(wrong[:3])}")
         for name, state in heads.items():
             modules = getattr(model, name), getattr(model, f"teacher_{name}")
             shapes = [{n: t.shape for n, t in s.items()} for s in (modules[0].state_dict(), state)]
@@ -2143,23 +2207,23 @@ class MetricLogger:
         self.board = None  # of TensorBoard
 
     def restore(self, states, path):
-        """Resume a run; if images per step changed, after as many epochs."""
+        """Resume a run; if images per step changed, at the same point of the epochs."""
         c, self.checkpoint = self.config, Path(path)
         with input_errors(path, "cannot be resumed"):
             require({"data", "epoch_rows"} <= states.keys(), "no run of this version has saved it")
             data, per_epoch = states["data"], states["steps_per_epoch"]
             names = [f"{d['count']:,} images of {d['name']}" for d in (data, self.data)]
             change = max(abs(a - b) for a, b in zip(data["means"], self.data["means"], strict=True))
-            same = data["count"] == self.data["count"] and change < 1  # decoders differ by less
+            # JPEG decoders differ by less than 1
+            same = data["count"] == self.data["count"] and change < 1
             require(same, f"it has learned from {names[0]}; these are other images: {names[1]}")
             self.history, self.epoch_rows = states["history"], states["epoch_rows"]
             for record in (states, *self.history):
                 if "step" in record:
                     record["step"] = record["step"] * self.steps_per_epoch // per_epoch
             self.step = states["step"]
-            fits = self.step < self.total_steps + (
-                states["config"]["TOTAL_EPOCHS"] == c.TOTAL_EPOCHS
-            )
+            same_length = states["config"]["TOTAL_EPOCHS"] == c.TOTAL_EPOCHS
+            fits = self.step < self.total_steps + same_length  # a finished run prints its table
             done = self.step / self.steps_per_epoch
             require(fits, f"it has done {done:.4g} epochs; raise TOTAL_EPOCHS ({c.TOTAL_EPOCHS})")
         last = Path(c.OUTPUT_DIR, "dinov2_last.pth")
@@ -2180,7 +2244,7 @@ class MetricLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = Path(self.config.OUTPUT_DIR, "tensorboard")
-            if self.board is None:  # what an interrupted run wrote is shown from its records
+            if self.board is None:  # purge what it wrote, and write all records anew
                 self.board, records = SummaryWriter(folder, purge_step=0), self.history
             for row in records:
                 for name, value in row.items():
@@ -2418,11 +2482,9 @@ def plot_patches(backbone, groups, path):
     for name, x in groups.items():
         large, side = enlarge(backbone, x)
         z = extract_features(backbone, large, patches=True).cpu().unflatten(1, (side, side))
-        border = torch.ones(side, side, dtype=torch.bool)
-        border[1:-1, 1:-1] = False
-        inner = torch.zeros_like(border)
-        inner[side // 4 : -(side // 4), side // 4 : -(side // 4)] = True
-        middle, edge = (z[:, part].mean((0, 1)) for part in (inner, border))
+        depth = torch.minimum(torch.arange(side), torch.arange(side).flip(0))
+        depth = torch.minimum(depth[:, None], depth)  # (side,side): patches from the border
+        middle, edge = (z[:, part].mean((0, 1)) for part in (depth >= side // 4, depth == 0))
         inside = (z - (middle + edge) / 2) @ (middle - edge) > 0  # (8,side,side)
         inside |= ~inside.any()
         z = z - z[inside].mean(0)
@@ -2440,7 +2502,7 @@ def plot_neighbors(bank, queries, names, path):
     rows, columns = [], torch.linspace(0, len(x_test) - 1, min(6, len(x_test))).long()
     for i in columns.tolist():
         cosine, nearest = (z_test[i] @ z.T).topk(min(6, len(z)))
-        first = int(torch.equal(x[nearest[0]], x_test[i]))  # itself, without test images
+        first = int(torch.equal(x[nearest[0]], x_test[i]))  # the image itself, without test images
         cosine, nearest = cosine[first : first + 5], nearest[first : first + 5]
         captions = [(names[y_test[i]][:11], "black")]
         for similarity, label in zip(cosine, y[nearest], strict=True):
@@ -2512,7 +2574,7 @@ def plot_curves(history, path):
 
 
 def embed_images(config, source, patches=False):
-    """Save features of a folder's, .npz's or .npy's images in OUTPUT_DIR/features.npz, bit by bit.
+    """Save features of a folder's, .npz's or .npy's images in OUTPUT_DIR/features.npz, in parts.
 
     features (n,D): class tokens of RESUME's teacher; with patches also patch_features (n,N,D).
     names (n,): files below source, or such as x_train[0]; labels (n,), "" or -1 where unknown.
@@ -2683,7 +2745,7 @@ def validate(c):
 
 
 def read_settings(path):
-    """Return a run's settings, from its checkpoint or metrics.jsonl, but no files or device."""
+    """Return a run's settings, from its checkpoint or metrics.jsonl, without paths and device."""
     with input_errors(path, "has no settings of a run"):
         if Path(path).suffix in (".json", ".jsonl"):
             text = Path(path).read_text(encoding="utf-8")
@@ -2708,9 +2770,8 @@ def parse_flags(argv=None):
     presets.add_argument("--hour", const=HOUR, help="CIFAR-10 on a CPU; see HOUR", **fixed)
     text = "settings of a run: its checkpoint or metrics.jsonl"
     presets.add_argument("--config", dest="preset", metavar="FILE", help=text)
-    text = "draw the figures of a checkpoint, and stop"
-    presets.add_argument("--draw", metavar="CHECKPOINT", help=text)
-    text = "save features.npz of a folder or .npz with the network of --resume, and stop"
+    presets.add_argument("--draw", metavar="CHECKPOINT", help="only draw a checkpoint's figures")
+    text = "only save features.npz of a folder or .npz, by the network of --resume"
     presets.add_argument("--embed", metavar="FOLDER", help=text)
     parser.add_argument("--patches", action="store_true", help="with --embed: patch tokens, too")
     kinds = {
@@ -2719,12 +2780,10 @@ def parse_flags(argv=None):
         dict: {"type": json.loads, "metavar": "JSON"},
     }
     group = parser
-    for title, name, comment in re.findall(
-        r"^    (?:# (.*)|([A-Z_]+) = .*?  # (.*))$", source, re.M
-    ):
+    lines = re.findall(r"^    (?:# (.*)|([A-Z_]+) = .*?  # (.*))$", source, re.M)
+    for title, name, comment in lines:
         if title:
             group = parser.add_argument_group(title)
-        if name not in CONSTANTS:
             continue
         kind, value = type(CONSTANTS[name]), getattr(Config, name)
         options = dict(kinds.get(kind, {"type": kind, "metavar": kind.__name__.upper()}))
@@ -2750,7 +2809,7 @@ def parse_arguments(argv=None):
 
 
 class StopRequest:
-    """Store Ctrl-C or SIGTERM in signal, else 0; one more, over 2 s later, ends the program."""
+    """Store Ctrl-C or SIGTERM in signal, else 0; a second one, over 2 s later, ends the program."""
 
     def __enter__(self):
         self.signal, self.deadline, self.handlers = 0, math.inf, {}
@@ -2768,7 +2827,7 @@ class StopRequest:
         if time.monotonic() > self.deadline:
             self.__exit__()
             signal.raise_signal(number)
-        # Not at once: timeout sends two signals together
+        # Not at once: the timeout command sends two signals together
         self.signal, self.deadline = number, min(self.deadline, time.monotonic() + 2)
 
 
@@ -2779,7 +2838,7 @@ def exit_with_error(message):
 
 def main(argv=None):
     """Exit with 0, or with 2 and one line where the input cannot be used."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # odd file names
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot encode
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster steps on a CPU
     try:
         settings, task = parse_flags(argv)

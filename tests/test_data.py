@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import SMALL, close, no_cuda, read_records
 from filelock import FileLock, Timeout
 from PIL import Image
+from torchvision import datasets
 from torchvision import transforms as T
 
 import dinov2_cifar
@@ -226,12 +227,18 @@ def test_cifar_missing_is_refused_and_auto_falls_back(cifar, error, capsys, smal
 def test_train_images_is_a_fixed_random_subset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(40, 3, 32, 32)
-    dataset = (images, torch.arange(40), images, torch.arange(40))
+    dataset = (images, torch.arange(40) % 3, images, torch.arange(40) % 3)
     x, y, *test = prepare(dataset, TRAIN_IMAGES=10)[:4]
-    assert len(y.unique()) == 10 and y.max() > 20 and torch.equal(x[:, 0, 0, 0], y)
+    assert len(x.unique()) == 10 and x.max() > 20 and torch.equal(x[:, 0, 0, 0] % 3, y)
     check((x, y, *test), *prepare(dataset, TRAIN_IMAGES=10, SEED=1)[:2], *dataset[2:])
+    check(prepare(([*images], *dataset[1:]), TRAIN_IMAGES=10), x, y, *test)
     for n in (0, 40, 41):
         check(prepare(dataset, TRAIN_IMAGES=n, BATCH_SIZE=40), *dataset)
+    save(tmp_path, images)
+    read = []
+    monkeypatch.setattr(dinov2_cifar, "read_image", lambda file, size: read.append(file) or x[0])
+    prepare(DATASET=str(tmp_path), TRAIN_IMAGES=7, VALIDATION_IMAGES=5)
+    assert len(read) == len({*read}) == 12  # no others
     with pytest.raises(InputError, match="BATCH_SIZE .5. needs 5 images per step, there are 4"):
         train_dinov2(Config(**{**SMALL, "BATCH_SIZE": 5, "TRAIN_IMAGES": 4}), dataset)
 
@@ -247,9 +254,7 @@ def test_validation_images_are_training_images_in_place_of_test_images():
             assert len(x) == left and torch.equal(x_test, held_out)
             assert len(torch.cat([x, x_test])[:, 0, 0, 0].unique()) == left + 12
             close(torch.cat([y, y_test]), torch.cat([x, x_test])[:, 0, 0, 0].long() // 10)
-    expect_error(
-        "VALIDATION_IMAGES (40)", "below the 40 images", dataset=dataset, VALIDATION_IMAGES=40
-    )
+    expect_error("VALIDATION_IMAGES (40) must be below 40", dataset=dataset, VALIDATION_IMAGES=40)
 
 
 @pytest.mark.parametrize("height, width, size", [(96, 64, 16), (40, 91, 48), (8, 8, 32)])
@@ -329,6 +334,7 @@ FORMS = {  # which become X, or X and Y
     "column": (Column(X), Column(Y)),
     "strings": (X, [["A", "b", "c"][y] for y in Y.tolist()]),
     "numbers": (X, Y * 30_000 + 7),
+    "tuples": (tuple(PIL), tuple(Y.numpy())),
     "items": Rows(zip(PIL, Y.tolist(), strict=True)),
     "items of tensors": torch.utils.data.TensorDataset(X, Y),
     "subset": torch.utils.data.Subset([*zip(PIL, Y, strict=True), None], range(6)),
@@ -439,9 +445,11 @@ def test_obstacles_to_an_evaluation_are_named(y, y_test, words, small, capsys):
     assert f"no evaluation: {words}" in printed and "k-NN" not in printed and model
 
 
-def test_subset_without_shared_classes_is_not_evaluated():
-    found = prepare((X, torch.arange(6), X, torch.arange(6)), VALIDATION_IMAGES=3)
-    assert found.test_labels is None and "too few classes in common" in found.obstacle
+def test_subset_that_lacks_test_classes_is_not_evaluated():
+    dataset = (X, torch.arange(6), X, torch.arange(6))
+    for settings in {"VALIDATION_IMAGES": 3}, {"TRAIN_IMAGES": 4}:
+        found = prepare(dataset, **settings)
+        assert found.test_labels is None and "are not among the" in found.obstacle
 
 
 def test_first_labeled_split_of_a_mapping_is_for_testing():
@@ -468,6 +476,16 @@ def test_named_classes_keep_their_names():
         for given in dataset, (dataset, dataset), {"train": dataset}:
             assert as_images(given).classes == expected
         assert as_images((dataset, Y.tolist())).classes == numbers  # labels of one's own
+
+
+def test_classes_of_a_pair_go_by_name_where_their_numbers_differ(tmp_path):
+    folders = "train/cat train/dog train/eel test/cat test/eel".split()
+    write_tree(tmp_path, {f"{folder}/{i}.png": i for i, folder in enumerate(folders)})
+    pair = tuple(datasets.ImageFolder(tmp_path / name) for name in ("train", "test"))
+    for dataset in pair, {"train": pair[0], "val": pair[1]}:
+        found = as_images(dataset)
+        assert found.classes == ("cat", "dog", "eel")
+        assert found.train_labels.tolist() == [0, 1, 2] and found.test_labels.tolist() == [0, 2]
 
 
 def test_classes_keep_capital_letters_where_two_differ_in_them_alone():
@@ -535,6 +553,19 @@ TREES = {  # files, then levels of training with their classes, levels of test
     "no train": ("a/1.png b/2.png test/3.png", "1a 2b 3test", ""),
     "hidden": ("a/1.png b/2.png .ipynb_checkpoints/3.png a/._4.png", "1a 2b", ""),
     "deep classes": ("train/a/images/1.png train/b/images/2.png test/a/x/3.png", "1a 2b", "3a"),
+    "names that differ": ("train/a/1.png train/b/2.png test_images/a/3.png", "1a 2b", "3a"),
+    "in parts": (
+        "train.X1/a/1.png train.X2/b/2.png val.X/a/3.png val.Y/b/4.png",
+        "1a 2b",
+        "3a 4b",
+    ),
+    "words beside others": (
+        "train/1.png test-tube/2.png cook/3.png",
+        "1train 2test-tube 3cook",
+        "",
+    ),
+    "numbers": ("train1/a/1.png train1/b/2.png test1/a/3.png test2/a/4.png", "1a 2b", "3a"),
+    "train_val": ("train_val/a/1.png train_val/b/2.png test/a/3.png", "1a 2b", "3a"),
     "a stray image": ("train/a/1.png train/b/2.png train/9.png test/a/3.png", "1a 2b 9", "3a"),
 }
 
@@ -566,10 +597,21 @@ def test_folders_of_every_layout(name, tmp_path, capsys):
     shown = ", ".join(classes)
     count = f"train {len(x)} images of {len(classes)} classes ({shown}), test {len(test.split())}\n"
     assert count in printed
-    unused = ("below other images", "test without classes", "a stray image in test")
+    unused = ("below other images", "test without classes", "a stray image in test", "numbers")
     assert ("not used" in printed) == (name in unused)
     loose = "stray" in name or name == "test without classes"
     assert ("not in a class folder: 1 images, such as" in printed) == loose
+
+
+@pytest.mark.parametrize(
+    "names", [("images", "masks"), ("Train_Images", "Train_Masks"), ("img", "gt")]
+)
+def test_masks_beside_images_are_left_out(names, tmp_path, capsys):
+    write_tree(tmp_path, {f"x/{name}/{i}.png": i for i in (1, 2) for name in names})
+    write_tree(tmp_path, {"labels/3.png": 3})  # without images/ beside it, a class
+    images = prepare(DATASET=str(tmp_path))
+    assert sorted(images.train_images[:, 0, 0, 0].tolist()) == [1, 2, 3]
+    assert "not used: 2 images, such as" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("parents", ["ab", ("bottle", "cable")])
@@ -627,11 +669,65 @@ def test_large_jpeg_files_are_decoded_small(tmp_path, monkeypatch):
     assert 0 < (found - whole).abs().max() <= 6 and (found - whole).float().abs().mean() < 1
 
 
+def test_opened_files_do_not_keep_their_pixels(tmp_path):
+    save(tmp_path, noise(3))
+    opened = [Image.open(tmp_path / f"{i}.png") for i in range(3)]
+    check(as_images(opened), noise(3))
+    assert all(image.tile for image in opened)  # not decoded
+    opened[1].paste((1, 2, 3), (0, 0, 32, 32))
+    assert as_images(opened).train_images[1, :, 5, 5].tolist() == [1, 2, 3]
+
+
+def test_items_with_paths_are_files_too(tmp_path, capsys):
+    save(tmp_path, noise(3))
+    paths = [str(tmp_path / f"{i}.png") for i in (0, 1, 9, 2)]
+    for kind in zip, lambda *parts: [{"image": x, "label": y} for x, y in zip(*parts, strict=True)]:
+        check(as_images([*kind(paths, [0, 1, 0, 1])]), noise(3), torch.tensor([0, 1, 1]))
+        assert (
+            "1 No such file or directory" in (text := capsys.readouterr().err) and "9.png" in text
+        )
+
+
+def test_parts_of_random_split_are_training_and_test_images():
+    y = torch.arange(6) % 2
+    dataset = torch.utils.data.TensorDataset(X, y)
+    split = torch.utils.data.random_split(dataset, [4, 2], torch.Generator().manual_seed(0))
+    i, j = (torch.tensor(part.indices) for part in split)
+    check(as_images(split), X[i], y[i], X[j], y[j])
+
+
+def test_names_that_are_not_used_are_printed(capsys):
+    check(as_images({"train": X, "train_labels": Y, "y": Y, "test": X, "y_test": Y}), X, Y, X, Y)
+    assert capsys.readouterr().out == "not used: y\n"
+
+
+def test_images_without_room_in_memory_say_what_they_need(monkeypatch):
+    monkeypatch.setattr(Endless, "__len__", lambda self: 10**8)
+    with pytest.raises(InputError, match="100,000,000 images need 314,572.8 GB; lower IMAGE_SIZE"):
+        as_images(Endless(), 1024)
+
+
+def test_folder_without_images_names_what_is_in_it(tmp_path):
+    for name in ("a.zip", "b.zip", "c.csv"):
+        (tmp_path / name).touch()
+    expect_error("no readable image", "but 2 .zip, 1 .csv", DATASET=str(tmp_path))
+
+
 def test_cifar_s_own_folder_is_named(tmp_path):
     (tmp_path / "cifar-10-batches-py").mkdir()
     for name in ("data_batch_1", "test_batch", "readme.html"):
         (tmp_path / "cifar-10-batches-py" / name).touch()
     expect_error("--dataset cifar10 (or 100) --data-path", DATASET=str(tmp_path))
+
+
+class Endless(torch.utils.data.Dataset):
+    """As long as one asks for items, there are some."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return X[0]
 
 
 BAD = {  # a dataset, and words of its error
@@ -666,6 +762,8 @@ BAD = {  # a dataset, and words of its error
     ),
     "sizes": ([PIL[0], PIL[1].resize((8, 8))], "(8, 8)"),
     "mapping": ({"images": X}, "x_train"),
+    "data sets in a list": ([Endless(), Endless(), Endless()], "2 or 4, not 3"),
+    "data sets as images": (Rows([(Endless(), 0)] * 6), "not Endless"),
     "empty image": ([Image.new("RGB", (0, 0))] * 9, "item 0"),
 }
 
