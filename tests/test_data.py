@@ -420,7 +420,8 @@ def test_images_that_would_fill_the_gpu_stay_in_host_memory(small, shapes, monke
 
 
 def test_unknown_labels_are_minus_one_and_prevent_nothing():
-    for unknown in (-1, None):
+    missing = type("NAType", (), {"__repr__": lambda self: "<NA>"})()  # of pandas
+    for unknown in (-1, None, float("nan"), missing):
         labels = [unknown, 5, 7, unknown, 5, 7]
         found = as_images((X, labels, X, labels))
         expected = torch.tensor([-1, 0, 1, -1, 0, 1])

@@ -231,6 +231,18 @@ def test_raw_pixels_linear_probe_sees_means_of_8_x_8_parts(monkeypatch):
         close(actual, expected, 1e-4)
 
 
+@pytest.mark.parametrize("side", [64, 32, 16])
+def test_raw_pixels_are_at_most_32_x_32(side, monkeypatch):
+    x, y = torch.randint(256, (6, 3, side, side), dtype=torch.uint8), torch.arange(6) % 2
+    knn = Mock(return_value=0.5)
+    monkeypatch.setattr(dinov2_cifar, "knn_accuracy", knn)
+    dinov2_cifar.raw_pixel_scores(Images(x, y, x[:2], y[:2]), [0.5] * 3, [0.1] * 3)
+    pixels = (x / 255 - 0.5) / 0.1
+    if side == 64:
+        pixels = pixels.unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5))
+    close(knn.call_args[0][0], pixels.flatten(1), 1e-4)
+
+
 def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, shapes, monkeypatch):
     images = Images(*shapes)
     options = {"precision": model.config.PRECISION}
