@@ -889,10 +889,11 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
     scale = 255  # of uint8; 0: normalized already
     if images.is_floating_point():
         low, high = images.aminmax()
-        scale = 1 if low >= 0 and high <= 1 else 0
-        fits, found = max(-low, high) < 20, f"{low:.4g}..{high:.4g}"
-        require(fits, f"floats must be normalized or in 0..1, not {found}")
+        outside, found = max(-low, high - 1), f"{low:.4g}..{high:.4g}"
+        scale, fits = int(outside <= 0), outside <= 0 or 0.5 < outside < 19  # resizing overshoots
+        require(fits, f"floats must be in 0..1 (clamp them) or normalized, not {found}")
     backbone.eval()
+    batch_size = min(batch_size, 2**21 // images[0, 0].numel() or 1)  # fewer of over 64 x 64
     with autocast(device, precision), torch.compiler.set_stance("force_eager"):  # any batch size
         for x in images.split(batch_size):
             x = x.to(device)
@@ -984,8 +985,9 @@ def raw_pixel_scores(images, mean, std):
     """Return the k-NN accuracy of at most 32 x 32 pixels, the linear one of at most 8 x 8."""
     data, coarse, side = [], [], images[0].shape[-1]
     for batches, y in (labeled(*images[i : i + 2], 50_000) for i in (0, 2)):
-        x = [TF.normalize(x / 255, mean, std) for x in batches]
-        x = torch.cat([F.adaptive_avg_pool2d(x, min(32, side)) for x in x]).to(y.device)
+        y = y.cpu() if y.device.type == "mps" else y  # where sides must be divisible
+        x = [TF.normalize(x.to(y.device) / 255, mean, std) for x in batches]
+        x = torch.cat([F.adaptive_avg_pool2d(x, min(32, side)) for x in x])
         data += [x.flatten(1), y]
         coarse += [F.adaptive_avg_pool2d(x, min(8, side)).flatten(1), y]
     return {"raw_pixels_knn": knn_accuracy(*data), "raw_pixels_linear": linear_probe(*coarse)}
@@ -1887,7 +1889,10 @@ def setup_processes(config):
     device, backend = torch.device(config.DEVICE), "gloo"
     require(device.type != "mps", "DEVICE ('mps') is for one process; add --device cpu")
     if device.type == "cuda":  # gloo: for numbers on the host
-        device, backend = torch.device("cuda", int(os.environ["LOCAL_RANK"])), "cpu:gloo,cuda:nccl"
+        device, backend = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))),
+            "cpu:gloo,cuda:nccl",
+        )
     config = Config(**{**config.to_dict(), "DEVICE": str(device)})
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -2033,7 +2038,7 @@ def read_checkpoint(path, states=None):
         states = read_file(path) if states is None else states
         names = [*map(str, states)] if isinstance(states, dict) else [type(states).__name__]
         kind = f"it holds {', '.join(names[:3])}; needed are config and teacher_state_dict"
-        if any(name.endswith("cls_token") for name in names):
+        if any(name.endswith("pos_embed") for name in names):
             kind = "it holds weights for timm's or Meta's models; INIT_FROM takes them"
         require({"config", "teacher_state_dict"} <= {*names}, kind)
         states["config"] = Config(**{**states["config"], "DEVICE": "cpu"}).to_dict()
@@ -2065,7 +2070,8 @@ def read_weights(path):
         weights["register_tokens"] = weights.pop("reg_token")
     if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # the class token has none
-    # Of ImageNet, unless the file has its own
+    if "pixel_mean" not in weights:
+        print("normalizing as for ImageNet; add pixel_mean and pixel_std (3,1,1) for others")
     weights.setdefault("pixel_mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
     weights.setdefault("pixel_std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
     return weights, {}, None
@@ -2140,8 +2146,11 @@ def find_checkpoint(config):
         path = last if config.RESUME == "newest" else Path(config.RESUME)
         require(path.is_file(), f"RESUME ({config.RESUME!r}) is not a file")
         return path
-    found = not config.INIT_FROM or Path(config.INIT_FROM).is_file()
-    require(found, f"INIT_FROM ({config.INIT_FROM!r}) is not a file")
+    path = Path(config.INIT_FROM)
+    require(not path.name or path.is_file(), f"INIT_FROM ({config.INIT_FROM!r}) is not a file")
+    moves = re.match("dinov2_(last|final|epoch_)", path.name)  # see archive_previous_run
+    moves = moves and path.resolve().parent == Path(config.OUTPUT_DIR).resolve()
+    require(not moves, f"INIT_FROM ({path}) is moved by a run in its OUTPUT_DIR; give another one")
 
 
 @contextmanager
@@ -2226,6 +2235,8 @@ class MetricLogger:
             fits = self.step < self.total_steps + same_length  # a finished run prints its table
             done = self.step / self.steps_per_epoch
             require(fits, f"it has done {done:.4g} epochs; raise TOTAL_EPOCHS ({c.TOTAL_EPOCHS})")
+            if self.step < self.total_steps:
+                self.find("start")["config"] = c.to_dict()  # which --config reads
         last = Path(c.OUTPUT_DIR, "dinov2_last.pth")
         self.owns_folder = last.resolve() == self.checkpoint.resolve()
         verb = "resuming" if self.step < self.total_steps else "already finished:"
@@ -2584,7 +2595,9 @@ def embed_images(config, source, patches=False):
     require(path, "--embed needs --resume CHECKPOINT")
     require(not output.exists(), f"{output} exists; move it, or give another --output-dir")
     backbone, root = load_backbone(path, config.DEVICE), Path(source).resolve()
-    backbone.precision, grid, splits = config.PRECISION, backbone.patch_embed, {}
+    if config.PRECISION != "auto":  # else that of its run
+        backbone.precision = config.PRECISION
+    grid, splits = backbone.patch_embed, {}
     is_folder = root.is_dir()
     if is_folder:
         splits = load_folder(root)
@@ -2618,6 +2631,7 @@ def embed_images(config, source, patches=False):
         arrays = {name: table[: len(names)] for name, table in tables.items()}
         np.savez(Path(folder, "all.npz"), **arrays, names=np.array(names), labels=np.array(labels))
         Path(folder, "all.npz").replace(output)
+        del tables, table, arrays  # or NFS and Windows cannot remove their files
     print(f"features of {len(names):,} images in {output}")
 
 
@@ -2838,7 +2852,8 @@ def exit_with_error(message):
 
 def main(argv=None):
     """Exit with 0, or with 2 and one line where the input cannot be used."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot encode
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot encode
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster steps on a CPU
     try:
         settings, task = parse_flags(argv)

@@ -19,6 +19,7 @@ from dinov2_cifar import (
     DINOv2,
     Images,
     InputError,
+    VisionTransformer,
     as_images,
     extract_features,
     knn_accuracy,
@@ -229,6 +230,23 @@ def test_raw_pixels_linear_probe_sees_means_of_8_x_8_parts(monkeypatch):
         probe.call_args[0], (parts[known], y[known], parts[:2], y[:2]), strict=True
     ):
         close(actual, expected, 1e-4)
+
+
+def test_large_images_are_extracted_in_smaller_batches():
+    network, sizes = VisionTransformer(64, 32, embed_dim=4, depth=1, num_heads=1), []
+    network.patch_embed.register_forward_hook(lambda _, args, out: sizes.append(len(args[0])))
+    for side in 1024, 2048, 64:
+        extract_features(network, torch.zeros(3, 3, side, side, dtype=torch.uint8))
+    assert sizes == [2, 1, 1, 1, 1, 3]
+
+
+def test_floats_just_outside_of_0_to_1_are_refused(model):
+    x = torch.rand(2, 3, 32, 32)
+    for low, high in (-0.04, 1.05), (0, 1.4), (-0.5, 1), (-30, 3):
+        with pytest.raises(InputError, match=r"in 0..1 \(clamp them\) or normalized, not"):
+            extract_features(model, x * (high - low) + low)
+    for low, high in (-2, 2.5), (-0.6, 0.5), (0, 1.6):
+        assert extract_features(model, x * (high - low) + low).isfinite().all()
 
 
 @pytest.mark.parametrize("side", [64, 32, 16])

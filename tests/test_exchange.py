@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,7 +117,7 @@ def test_init_from_our_weights_keeps_their_normalization(small, tmp_path):
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 @pytest.mark.parametrize("layout", ["meta", "meta's training", "chunks", "timm", "timm registers"])
-def test_init_from_weights_of_others_gives_their_features(small, tmp_path, layout, ending):
+def test_init_from_weights_of_others_gives_their_features(small, tmp_path, layout, ending, capsys):
     registers = 3 * ("registers" in layout)
     theirs = vit(layer_scale=0.1, register_tokens=registers)
     if "timm" in layout:
@@ -140,6 +142,7 @@ def test_init_from_weights_of_others_gives_their_features(small, tmp_path, layou
         wanted = theirs.forward_features(x)[:, 0] if "timm" in layout else theirs(x)[0]
         close(ours(x)[0], wanted, 1e-4)
     close(ours.pixel_mean[:, 0, 0], [0.485, 0.456, 0.406])
+    assert "normalizing as for ImageNet" in capsys.readouterr().out
 
 
 def test_init_from_what_does_not_fit_is_refused_before_the_data_is_read(
@@ -161,6 +164,12 @@ def test_init_from_what_does_not_fit_is_refused_before_the_data_is_read(
             train_dinov2(small(INIT_FROM=str(path)))
     with pytest.raises(InputError, match="INIT_FROM .'nowhere'. is not a file"):
         train_dinov2(small(INIT_FROM="nowhere"))
+    folder = Path(small().OUTPUT_DIR)  # whose checkpoints a new run moves
+    for name in "dinov2_last.pth", "dinov2_epoch_10.pth":
+        folder.mkdir(exist_ok=True)
+        (folder / name).touch()
+        with pytest.raises(InputError, match=rf"INIT_FROM .*{name}. is moved .* OUTPUT_DIR"):
+            train_dinov2(small(INIT_FROM=str(folder / name)))
 
 
 def test_init_from_a_checkpoint_of_another_number_of_heads_is_refused(small, checkpoint):
@@ -315,6 +324,17 @@ def test_embed_writes_features_names_and_labels_of_a_folder(pictures, capsys, mo
         z = dinov2_cifar.extract_features(teacher, image, patches=True)[0]
         close(found["patch_features"][i], z, 0.1)
         assert found["labels"][i] == (parts[1] if len(parts) == 3 else "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="lists of mapped files: Linux")
+def test_embed_maps_no_file_that_it_removes(pictures, monkeypatch):
+    class Folder(tempfile.TemporaryDirectory):
+        def __exit__(self, *exception):
+            assert self.name not in Path("/proc/self/maps").read_text()
+            super().__exit__(*exception)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", Folder)
+    assert len(embedded(pictures, "--patches")["names"]) == 13
 
 
 @pytest.mark.parametrize("words, values", [([], 192), (["--patches"], 17 * 192)], ids=str)
@@ -509,7 +529,7 @@ def test_tensorboard_is_asked_for_by_name(small, monkeypatch):
         train_dinov2(small(TENSORBOARD=True))
 
 
-def test_config_takes_the_settings_of_a_run(small, checkpoint, tmp_path):
+def test_config_takes_the_settings_of_a_run(small, checkpoint, tmp_path, no_figures):
     states = dinov2_cifar.read_checkpoint(checkpoint)["config"]
     left = {"OUTPUT_DIR", "DEVICE", "RESUME"}
     for path in (checkpoint, str(Path(checkpoint).parent / "metrics.jsonl")):
@@ -518,12 +538,24 @@ def test_config_takes_the_settings_of_a_run(small, checkpoint, tmp_path):
         assert {k: v for k, v in found.items() if k not in left | {"SEED"}} == {
             k: v for k, v in states.items() if k not in left | {"SEED"}
         }
+    folder = Path(checkpoint).parent
+    longer = small(OUTPUT_DIR=str(folder), TOTAL_EPOCHS=3, RESUME="newest", LEARNING_RATE=0.01)
+    train_dinov2(longer, make_shapes(64, 32, seed=7)[0])
+    for name in "metrics.jsonl", "dinov2_last.pth":  # of the run as it was resumed
+        assert parse_arguments(["--config", str(folder / name)]).TOTAL_EPOCHS == 3
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"SEED": 4}, indent=2))
     assert parse_arguments(["--config", str(settings)]).SEED == 4
     settings.write_text("{")
     with pytest.raises(InputError, match="settings.json has no settings"):
         parse_arguments(["--config", str(settings)])
+
+
+def test_command_line_works_where_stdout_is_no_file(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=len, flush=dict))  # of a notebook
+    with pytest.raises(SystemExit, match="2"):
+        main(["--seed", "-1"])
+    assert "SEED (-1)" in capsys.readouterr().err
 
 
 def test_a_flag_that_does_not_exist_suggests_another():
