@@ -986,7 +986,7 @@ def raw_pixel_scores(images, mean, std):
     data, coarse, side = [], [], images[0].shape[-1]
     for batches, y in (labeled(*images[i : i + 2], 50_000) for i in (0, 2)):
         y = y.cpu() if y.device.type == "mps" else y  # where sides must be divisible
-        x = [TF.normalize(x.to(y.device) / 255, mean, std) for x in batches]
+        x = (TF.normalize(x.to(y.device) / 255, mean, std) for x in batches)
         x = torch.cat([F.adaptive_avg_pool2d(x, min(32, side)) for x in x])
         data += [x.flatten(1), y]
         coarse += [F.adaptive_avg_pool2d(x, min(8, side)).flatten(1), y]
@@ -1205,9 +1205,12 @@ def as_images(dataset, size=None, choose=None):
     x, y, levels = read_split(x, y, size, chosen)
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, held_out, levels)
+        if held_out:  # of rare classes, all images may be held out
+            known = {str(label).casefold() for label in y}
+            y_test = [label if str(label).casefold() in known else None for label in y_test]
         if names and test_names and names != test_names:  # one number, two classes
             y, y_test = name_labels(y, names), name_labels(y_test, test_names)
-    y, y_test, obstacle, classes = number_labels(y, y_test or [])
+    y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
     return Images(x, y, x_test, y_test, name, obstacle, tuple(name_labels(classes, names)))
 
 
@@ -1222,6 +1225,8 @@ def as_sequence(images):
 
 
 def class_names(dataset):
+    while isinstance(dataset, torch.utils.data.Subset):
+        dataset = dataset.dataset
     names = getattr(dataset, "classes", ())
     return [*names] if isinstance(names, (list, tuple)) else []
 
@@ -1273,7 +1278,8 @@ def as_splits(dataset):
         splits = {}
         for names, label_names in map(names_of_split, SPLITS):
             names = [name for name in names if name in data]
-            labels = [data.pop(name) for name in label_names if names and name in data][:1]
+            label_names = [name for name in label_names if names and name in data][:1]
+            labels = [data.pop(name) for name in label_names]
             splits |= {name: as_pair(data.pop(name), *labels) for name in names}
         if data and splits:
             print(f"not used: {', '.join([*data][:5])}", flush=True)
@@ -1308,7 +1314,7 @@ def are_labels(values):
     first = next(iter(values), ())
     if isinstance(first, str):
         return Path(first).suffix.lower() not in IMAGE_SUFFIXES
-    if first is None or isinstance(first, (int, float)):
+    if isinstance(first, (int, float)) or str(first) in UNKNOWN:
         return True
     if isinstance(values, tuple):
         return getattr(first, "ndim", 1) == 0
@@ -1334,8 +1340,8 @@ def read_split(images, labels, size, indices=None, levels=None):
         items = zip((image for part in parts for image in part), labels, strict=True)
     else:
         items = read_items(images, labels, size)
-    bar = {"disable": True if rank() else None, "leave": False}  # None: only on a terminal
-    return stack_images(tqdm(items, "reading", count, **bar), count, levels)
+    disable = True if rank() else None  # None: only on a terminal
+    return stack_images(tqdm(items, "reading", count, False, disable=disable), count, levels)
 
 
 def check_split(images, labels):
@@ -1360,14 +1366,15 @@ def read_items(dataset, labels, size):
     def read(i):
         image = None
         try:
-            image, label = split_item(dataset[i])
-            is_open = isinstance(image, ImageFile.ImageFile) and image.filename and image.tile
-            if is_open and image.format in FORMATS:  # it would keep the pixels that it decodes
-                image = image.filename
-            return read_image(image, size), labels[i] if labels else plain_label(label)
+            item, label = split_item(dataset[i])
+            label, image = labels[i] if labels else plain_label(label), item
+            is_open = isinstance(image, ImageFile.ImageFile) and image.tile and not image.tell()
+            if is_open and image.format in FORMATS and os.path.isfile(image.filename):
+                image = os.fsdecode(image.filename)  # the object would keep its decoded pixels
+            return read_image(image, size), label
         except Exception as error:  # Pillow raises many kinds
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            require(are_files, f"item {i} of the dataset: {reason}")
+            require(are_files and image is not None, f"item {i} of the dataset: {reason}")
             file = "/".join(Path(str(image)).parts[-2:])
             left_out.setdefault(re.sub(r" ?(\(.*?\)|'.*'|\d+)", "", reason), []).append(file)
 
@@ -1484,6 +1491,9 @@ def stack_images(items, count, levels=None):
     return images[: len(labels)], labels, levels
 
 
+UNKNOWN = ("None", "-1", "nan", "<NA>")  # labels, as text
+
+
 def plain_label(label):
     """Return a label as an integer from 0 on, a string, or None for an unknown one."""
     label = label.tolist() if hasattr(label, "tolist") else label
@@ -1491,8 +1501,7 @@ def plain_label(label):
     label = int(label) if isinstance(label, float) and label.is_integer() else label
     known = isinstance(label, str) or (isinstance(label, int) and label >= 0)
     wanted = "an integer from 0 on, a string, or -1 for unknown; images alone will do"
-    unknown = str(label) in ("None", "-1", "nan", "<NA>")
-    require(known or unknown, f"label {str(label)[:40]} must be {wanted}")
+    require(known or str(label) in UNKNOWN, f"label {str(label)[:40]} must be {wanted}")
     return label if known else None
 
 
@@ -1632,8 +1641,8 @@ def find_files(root):
 def load_folder(path):
     """Return paths and labels, of train/<class>/ and test/<class>/, or of <class>/.
 
-    Folders are splits if their names differ in train(ing) and test, val or the like alone, or if
-    all of a folder's folders are named so.
+    Two folders are splits if their names differ in train(ing) and test, val or the like alone; or
+    else all folders of a folder, if each has such a word in its name.
     """
     root = Path(path).resolve()
     files = [*find_files(root)]
@@ -1649,14 +1658,17 @@ def load_folder(path):
     images = without_masks(pictures)
     root = Path(os.path.commonpath([file.parent for file in images]))
     deeper = [file.parent for file in images if file.parent != root] or [root]
-    splits = {}
-    for name, folders in (find_split_folders(images) or {"train": [root]}).items():
+    found, splits = find_split_folders(images) or {"train": [root]}, {}
+    below = {folder: [] for folders in found.values() for folder in folders}
+    for file in images:
+        folder = next((parent for parent in file.parents if parent in below), None)
+        below.get(folder, []).append(file)
+    for name, folders in found.items():
         paths, labels = splits[name] = [], []
         for folder in folders:
-            below = [file for file in images if folder in file.parents]
             top = folder if folder != root else Path(os.path.commonpath(deeper))
-            paths += below
-            labels += folder_labels(top, below)
+            paths += below[folder]
+            labels += folder_labels(top, below[folder])
     used = {f: y for pair in splits.values() for f, y in zip(*pair, strict=True)}
     unused = [f for f in pictures if f not in used]
     loose = [f for f, y in used.items() if y is None]
@@ -1675,35 +1687,41 @@ def find_word(folder, words):
     return name if count else None
 
 
-def with_parents(files):
-    folders = {file.parent for file in files}
-    return sorted(folders.union(*(folder.parents for folder in folders)))
+def find_siblings(files):
+    """Return {folder: the folders in it that are above files, sorted}."""
+    folders, found = {file.parent for file in files}, {}
+    for folder in sorted(folders.union(*(folder.parents for folder in folders))):
+        found.setdefault(folder.parent, []).append(folder)
+    return found
 
 
 def without_masks(files):
-    """Return files without those in folders such as masks/ beside images/."""
-    words = "masks?|labels?|annotations?|segmentations?|trimaps?|ground_?truth|gt|depth"
-    folders = {f: find_word(f, "images?|imgs?|jpegimages") for f in with_parents(files)}
-    images = {(f.parent, name) for f, name in folders.items() if name}
-    masks = {f for f in folders if (f.parent, find_word(f, words)) in images}
-    return [file for file in files if masks.isdisjoint(file.parents)]
+    """Return files without those of masks/ or the like, where only such and images/ are beside."""
+    words = r"masks?|labels?|annotations?|segmentations?(class|object)?|trimaps?|gt|depth"
+    masks, folders = set(), {file.parent for file in files}
+    for siblings in find_siblings(files).values():
+        images = [find_word(f, "images?|imgs?|jpegimages") for f in siblings]
+        names = {f: find_word(f, words) for f in siblings}
+        if all(map(any, zip(images, names.values(), strict=True))):
+            masks.update(f for f, name in names.items() if name and name in images)
+    folders = {f for f in folders if masks.isdisjoint((f, *f.parents))}
+    return [file for file in files if file.parent in folders]
 
 
 def find_split_folders(files):
     """Return {"train": folders, "test" or "val" or both: folders}, by their names, or {}."""
-    words = {"train": "train(ing|val)?", "test": "test(ing|s)?"}
+    words = {"train": "train(ing|val)?", "test": "test(ing|s|1)?"}
     words["val"] = "val(id(ation)?)?|eval(uation)?|dev"
-    siblings, found = {}, {}
-    for folder in with_parents(files):
-        siblings.setdefault(folder.parent, []).append(folder)
-    for parent, folders in siblings.items():
+    found = {}
+    for parent, folders in find_siblings(files).items():
         names = {s: {find_word(f, words[s]): f for f in folders} for s in words}
         alike = [n for s in ("test", "val") for n in names[s] if n and n in names["train"]]
-        kinds = {f: s for s in reversed(words) for n, f in names[s].items() if n}
+        kinds = {f: s for s in reversed(words) for f in folders if find_word(f, words[s])}
         if alike:
             found[parent] = {s: [names[s][alike[0]]] for s in words if alike[0] in names[s]}
         elif len(kinds) == len(folders) and {"train"} < {*kinds.values()}:
-            found[parent] = {s: [f for f in folders if kinds[f] == s] for s in kinds.values()}
+            some = [s for s in words if s in kinds.values()]
+            found[parent] = {s: [f for f in folders if kinds[f] == s] for s in some}
     least = min((len(parent.parts) for parent in found), default=0)
     highest = [splits for parent, splits in found.items() if len(parent.parts) == least]
     tests = [f for splits in highest for split, (f, *_) in splits.items() if split != "train"]
@@ -1765,7 +1783,9 @@ def prepare_images(config, dataset=None):
     def choose(total):
         """Return the indices of TRAIN_IMAGES, or None for all, and of VALIDATION_IMAGES."""
         rest = total - c.VALIDATION_IMAGES
-        require(rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below {total}")
+        require(
+            rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images"
+        )
         count = min(c.TRAIN_IMAGES or rest, rest)
         if count == total:
             return None, []
@@ -1889,10 +1909,8 @@ def setup_processes(config):
     device, backend = torch.device(config.DEVICE), "gloo"
     require(device.type != "mps", "DEVICE ('mps') is for one process; add --device cpu")
     if device.type == "cuda":  # gloo: for numbers on the host
-        device, backend = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))),
-            "cpu:gloo,cuda:nccl",
-        )
+        index = int(os.environ.get("LOCAL_RANK", 0))
+        device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
     config = Config(**{**config.to_dict(), "DEVICE": str(device)})
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -2147,7 +2165,9 @@ def find_checkpoint(config):
         require(path.is_file(), f"RESUME ({config.RESUME!r}) is not a file")
         return path
     path = Path(config.INIT_FROM)
-    require(not path.name or path.is_file(), f"INIT_FROM ({config.INIT_FROM!r}) is not a file")
+    require(
+        not config.INIT_FROM or path.is_file(), f"INIT_FROM ({config.INIT_FROM!r}) is not a file"
+    )
     moves = re.match("dinov2_(last|final|epoch_)", path.name)  # see archive_previous_run
     moves = moves and path.resolve().parent == Path(config.OUTPUT_DIR).resolve()
     require(not moves, f"INIT_FROM ({path}) is moved by a run in its OUTPUT_DIR; give another one")

@@ -254,7 +254,9 @@ def test_validation_images_are_training_images_in_place_of_test_images():
             assert len(x) == left and torch.equal(x_test, held_out)
             assert len(torch.cat([x, x_test])[:, 0, 0, 0].unique()) == left + 12
             close(torch.cat([y, y_test]), torch.cat([x, x_test])[:, 0, 0, 0].long() // 10)
-    expect_error("VALIDATION_IMAGES (40) must be below 40", dataset=dataset, VALIDATION_IMAGES=40)
+    expect_error(
+        "VALIDATION_IMAGES (40)", "below the 40 images", dataset=dataset, VALIDATION_IMAGES=40
+    )
 
 
 @pytest.mark.parametrize("height, width, size", [(96, 64, 16), (40, 91, 48), (8, 8, 32)])
@@ -427,6 +429,7 @@ def test_unknown_labels_are_minus_one_and_prevent_nothing():
         expected = torch.tensor([-1, 0, 1, -1, 0, 1])
         check(found, X, expected, X, expected)
         assert not found.obstacle
+        check(as_images((X, labels)), X, expected)
     check(as_images((X, [-1] * 6)), X)
 
 
@@ -448,9 +451,18 @@ def test_obstacles_to_an_evaluation_are_named(y, y_test, words, small, capsys):
 
 def test_subset_that_lacks_test_classes_is_not_evaluated():
     dataset = (X, torch.arange(6), X, torch.arange(6))
-    for settings in {"VALIDATION_IMAGES": 3}, {"TRAIN_IMAGES": 4}:
-        found = prepare(dataset, **settings)
-        assert found.test_labels is None and "are not among the" in found.obstacle
+    found = prepare(dataset, TRAIN_IMAGES=4)
+    assert found.test_labels is None and "are not among the" in found.obstacle
+    found = prepare(dataset, VALIDATION_IMAGES=3)
+    assert found.test_labels is None and "no labeled test images" in found.obstacle
+
+
+def test_held_out_images_of_classes_that_training_lacks_have_no_label():
+    labels = ["a", "b"] * 20 + [f"rare {i}" for i in range(9)]
+    found = prepare((noise(49), labels), VALIDATION_IMAGES=20)
+    rare = [i for i, x in enumerate(noise(49)) if (found.test_images == x).flatten(1).all(1).any()]
+    rare = [labels[i] for i in rare if labels[i] not in "ab"]
+    assert rare and (found.test_labels == -1).sum() == len(rare) and not found.obstacle
 
 
 def test_first_labeled_split_of_a_mapping_is_for_testing():
@@ -483,7 +495,8 @@ def test_classes_of_a_pair_go_by_name_where_their_numbers_differ(tmp_path):
     folders = "train/cat train/dog train/eel test/cat test/eel".split()
     write_tree(tmp_path, {f"{folder}/{i}.png": i for i, folder in enumerate(folders)})
     pair = tuple(datasets.ImageFolder(tmp_path / name) for name in ("train", "test"))
-    for dataset in pair, {"train": pair[0], "val": pair[1]}:
+    part = torch.utils.data.Subset(torch.utils.data.Subset(pair[0], [0, 1, 2]), [0, 1, 2])
+    for dataset in pair, {"train": pair[0], "val": pair[1]}, (part, pair[1]):
         found = as_images(dataset)
         assert found.classes == ("cat", "dog", "eel")
         assert found.train_labels.tolist() == [0, 1, 2] and found.test_labels.tolist() == [0, 2]
@@ -565,7 +578,17 @@ TREES = {  # files, then levels of training with their classes, levels of test
         "1train 2test-tube 3cook",
         "",
     ),
-    "numbers": ("train1/a/1.png train1/b/2.png test1/a/3.png test2/a/4.png", "1a 2b", "3a"),
+    "numbers": ("train1/a/1.png train1/b/2.png test1/a/3.png test2/a/4.png", "1a 2b", "3a 4a"),
+    "test1 beside others": (
+        "train/a/1.png train/b/2.png test1/a/3.png x/a/4.png",
+        "1a 2b",
+        "3a",
+    ),
+    "words twice": (
+        "train.X1/a/1.png train.X2/b/2.png val/a/3.png dev/b/4.png",
+        "1a 2b",
+        "3a 4b",
+    ),
     "train_val": ("train_val/a/1.png train_val/b/2.png test/a/3.png", "1a 2b", "3a"),
     "a stray image": ("train/a/1.png train/b/2.png train/9.png test/a/3.png", "1a 2b 9", "3a"),
 }
@@ -598,14 +621,16 @@ def test_folders_of_every_layout(name, tmp_path, capsys):
     shown = ", ".join(classes)
     count = f"train {len(x)} images of {len(classes)} classes ({shown}), test {len(test.split())}\n"
     assert count in printed
-    unused = ("below other images", "test without classes", "a stray image in test", "numbers")
+    unused = "below other images", "test without classes", "a stray image in test"
+    unused += ("test1 beside others",)
     assert ("not used" in printed) == (name in unused)
     loose = "stray" in name or name == "test without classes"
     assert ("not in a class folder: 1 images, such as" in printed) == loose
 
 
 @pytest.mark.parametrize(
-    "names", [("images", "masks"), ("Train_Images", "Train_Masks"), ("img", "gt")]
+    "names",
+    [("images", "masks"), ("Train_Images", "Train_Masks"), ("JPEGImages", "SegmentationClass")],
 )
 def test_masks_beside_images_are_left_out(names, tmp_path, capsys):
     write_tree(tmp_path, {f"x/{name}/{i}.png": i for i in (1, 2) for name in names})
@@ -613,6 +638,8 @@ def test_masks_beside_images_are_left_out(names, tmp_path, capsys):
     images = prepare(DATASET=str(tmp_path))
     assert sorted(images.train_images[:, 0, 0, 0].tolist()) == [1, 2, 3]
     assert "not used: 2 images, such as" in capsys.readouterr().out
+    write_tree(tmp_path, {"x/button/4.png": 4})  # all three are classes
+    assert len(prepare(DATASET=str(tmp_path)).train_images) == 6
 
 
 @pytest.mark.parametrize("parents", ["ab", ("bottle", "cable")])
@@ -675,6 +702,14 @@ def test_opened_files_do_not_keep_their_pixels(tmp_path):
     opened = [Image.open(tmp_path / f"{i}.png") for i in range(3)]
     check(as_images(opened), noise(3))
     assert all(image.tile for image in opened)  # not decoded
+    frames = [Image.fromarray(array) for array in arrays(noise(3))]
+    frames[0].save(tmp_path / "all.tif", save_all=True, append_images=frames[1:])
+    stack = [Image.open(tmp_path / "all.tif") for _ in frames]
+    for i, frame in enumerate(stack):
+        frame.seek(i)
+    check(as_images(stack), noise(3))
+    with open(tmp_path / "0.png", "rb") as file:  # without a name
+        check(as_images([Image.open(file)]), noise(3)[:1])
     opened[1].paste((1, 2, 3), (0, 0, 32, 32))
     assert as_images(opened).train_images[1, :, 5, 5].tolist() == [1, 2, 3]
 
@@ -684,9 +719,10 @@ def test_items_with_paths_are_files_too(tmp_path, capsys):
     paths = [str(tmp_path / f"{i}.png") for i in (0, 1, 9, 2)]
     for kind in zip, lambda *parts: [{"image": x, "label": y} for x, y in zip(*parts, strict=True)]:
         check(as_images([*kind(paths, [0, 1, 0, 1])]), noise(3), torch.tensor([0, 1, 1]))
-        assert (
-            "1 No such file or directory" in (text := capsys.readouterr().err) and "9.png" in text
-        )
+        assert "1 No such file or directory (" in (text := capsys.readouterr().err)
+        assert "9.png" in text
+        with pytest.raises(InputError, match="item 3 of the dataset: label -5 must be"):
+            as_images([*kind(paths, [0, 1, 0, -5])])
 
 
 def test_parts_of_random_split_are_training_and_test_images():

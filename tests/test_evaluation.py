@@ -261,6 +261,17 @@ def test_raw_pixels_are_at_most_32_x_32(side, monkeypatch):
     close(knn.call_args[0][0], pixels.flatten(1), 1e-4)
 
 
+def test_raw_pixels_need_the_memory_of_one_batch(monkeypatch):
+    calls = []
+    for owner, name in (dinov2_cifar.TF, "normalize"), (F, "adaptive_avg_pool2d"):
+        function = getattr(owner, name)
+        record = lambda x, *args, f=function: calls.append((len(x), f)) or f(x, *args)  # noqa: E731
+        monkeypatch.setattr(owner, name, record)
+    x, y = torch.zeros(1100, 3, 4, 4, dtype=torch.uint8), torch.arange(1100) % 2
+    dinov2_cifar.raw_pixel_scores(Images(x, y, x[:4], y[:4]), [0.5] * 3, [0.1] * 3)
+    assert [n for n, _ in calls] == [512, 512, 512, 512, 76, 76, 1100, 4, 4, 4]
+
+
 def test_evaluate_gives_the_teacher_s_scores_or_nothing_without_labels(model, shapes, monkeypatch):
     images = Images(*shapes)
     options = {"precision": model.config.PRECISION}
