@@ -1182,7 +1182,7 @@ class Images(NamedTuple):
     classes: tuple = ()  # original labels, by number
 
 
-def as_images(dataset, size=None, choose=None):
+def as_images(dataset, size=None, train_images=0, validation_images=0):
     """Return a dataset as Images, resized and center-cropped to size, classes numbered from 0.
 
     dataset: images, (images, labels), (images, labels, test_images, test_labels), a pair of
@@ -1190,8 +1190,7 @@ def as_images(dataset, size=None, choose=None):
     y_test. Images are an array or tensor (N,3,H,W), (N,H,W,3) or gray (N,H,W), uint8 or floats in
     0..1; or a sequence of paths, of images, of (image, label), or of rows with image and label.
     A label is an integer from 0 on or a string; -1 or None: unknown.
-    choose: a function of the number of training images that returns the indices of those to read,
-    or None for all, and the indices of those that replace the test images, or [].
+    train_images, validation_images: see Config; no others are read.
     """
     name = dataset.name if isinstance(dataset, Images) else Images._field_defaults["name"]
     (x, y), (x_test, y_test) = find_splits(dataset)
@@ -1199,7 +1198,7 @@ def as_images(dataset, size=None, choose=None):
     # torchvision's datasets have class names, which fit only their own labels
     names = class_names(x if y is None else dataset)
     test_names = class_names(x_test) if y_test is None else names
-    chosen, held_out = choose(len(x)) if choose else (None, [])
+    chosen, held_out = choose_images(len(x), train_images, validation_images)
     if held_out:
         x_test, y_test, test_names = x, y, names
     x, y, levels = read_split(x, y, size, chosen)
@@ -1222,6 +1221,18 @@ def as_sequence(images):
         require(len(images), "one of its parts is empty")
         images[0]
     return images
+
+
+def choose_images(total, train_images, validation_images):
+    """Return the indices of a training subset, or None for all, and of those held out."""
+    rest = total - validation_images
+    require(rest > 0, f"VALIDATION_IMAGES ({validation_images}) must be below the {total} images")
+    count = min(train_images or rest, rest)
+    if count == total:
+        return None, []
+    # At random: files are sorted by class. The held-out ones are always the same
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return [i.sort().values.tolist() for i in (order[:count], order[rest:])]
 
 
 def class_names(dataset):
@@ -1774,27 +1785,13 @@ def load_images(config):
 
 
 def prepare_images(config, dataset=None):
-    """Return dataset, or DATASET, at IMAGE_SIZE on DEVICE; choose TRAIN_ and VALIDATION_IMAGES."""
+    """Return dataset, or DATASET, as Images on DEVICE."""
     c, name = config, "the dataset"
     if dataset is None:
         print(f"loading {c.DATASET[-60:]} ...", flush=True)
         dataset, name = load_images(c), f"DATASET ({c.DATASET!r})"
-
-    def choose(total):
-        """Return the indices of TRAIN_IMAGES, or None for all, and of VALIDATION_IMAGES."""
-        rest = total - c.VALIDATION_IMAGES
-        require(
-            rest > 0, f"VALIDATION_IMAGES ({c.VALIDATION_IMAGES}) must be below the {total} images"
-        )
-        count = min(c.TRAIN_IMAGES or rest, rest)
-        if count == total:
-            return None, []
-        # At random: files are sorted by class. The held-out ones are always the same
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        return [i.sort().values.tolist() for i in (order[:count], order[rest:])]
-
     with input_errors(name, "cannot be used"):
-        images = as_images(dataset, c.IMAGE_SIZE, choose)
+        images = as_images(dataset, c.IMAGE_SIZE, c.TRAIN_IMAGES, c.VALIDATION_IMAGES)
     if isinstance(dataset, dict) and name != "the dataset":
         images = images._replace(name=Path(c.DATASET).resolve().name)
     count = len(images.train_images)
