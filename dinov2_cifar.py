@@ -890,8 +890,8 @@ def extract_features(model, images, batch_size=512, patches=False, avgpool=False
     if images.is_floating_point():
         low, high = images.aminmax()
         outside, found = max(-low, high - 1), f"{low:.4g}..{high:.4g}"
-        scale, fits = int(outside <= 0), outside <= 0 or 0.5 < outside < 19  # resizing overshoots
-        require(fits, f"floats must be in 0..1 (clamp them) or normalized, not {found}")
+        scale, fits = int(outside <= 0), outside <= 0 or 0.25 < outside < 19  # resizing overshoots
+        require(fits, f"floats must be normalized or in 0..1 (clamp pixels), not {found}")
     backbone.eval()
     batch_size = min(batch_size, 2**21 // images[0, 0].numel() or 1)  # fewer of over 64 x 64
     with autocast(device, precision), torch.compiler.set_stance("force_eager"):  # any batch size
@@ -1206,7 +1206,10 @@ def as_images(dataset, size=None, train_images=0, validation_images=0):
         x_test, y_test, _ = read_split(x_test, y_test, size, held_out, levels)
         if held_out:  # of rare classes, all images may be held out
             known = {str(label).casefold() for label in y}
-            y_test = [label if str(label).casefold() in known else None for label in y_test]
+            lost = [str(label).casefold() not in known for label in y_test]
+            y_test = [None if out else label for label, out in zip(y_test, lost, strict=True)]
+            if any(lost):
+                print(f"not evaluated: {sum(lost):,} held-out images of classes training lacks")
         if names and test_names and names != test_names:  # one number, two classes
             y, y_test = name_labels(y, names), name_labels(y_test, test_names)
     y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
@@ -1236,7 +1239,7 @@ def choose_images(total, train_images, validation_images):
 
 
 def class_names(dataset):
-    while isinstance(dataset, torch.utils.data.Subset):
+    while isinstance(dataset, torch.utils.data.Subset) and not hasattr(dataset, "classes"):
         dataset = dataset.dataset
     names = getattr(dataset, "classes", ())
     return [*names] if isinstance(names, (list, tuple)) else []
@@ -1708,7 +1711,7 @@ def find_siblings(files):
 
 def without_masks(files):
     """Return files without those of masks/ or the like, where only such and images/ are beside."""
-    words = r"masks?|labels?|annotations?|segmentations?(class|object)?|trimaps?|gt|depth"
+    words = "(mask|label|annotation|trimap)s?|segmentations?(class|object)?|ground_?truth|gt|depth"
     masks, folders = set(), {file.parent for file in files}
     for siblings in find_siblings(files).values():
         images = [find_word(f, "images?|imgs?|jpegimages") for f in siblings]
@@ -1721,11 +1724,13 @@ def without_masks(files):
 
 def find_split_folders(files):
     """Return {"train": folders, "test" or "val" or both: folders}, by their names, or {}."""
-    words = {"train": "train(ing|val)?", "test": "test(ing|s|1)?"}
+    words = {"train": "train(ing|val)?", "test": "test(ing|s)?"}
     words["val"] = "val(id(ation)?)?|eval(uation)?|dev"
     found = {}
     for parent, folders in find_siblings(files).items():
         names = {s: {find_word(f, words[s]): f for f in folders} for s in words}
+        if "*1" in names["test"]:  # test1/ beside train/
+            names["test"].setdefault("*", names["test"]["*1"])
         alike = [n for s in ("test", "val") for n in names[s] if n and n in names["train"]]
         kinds = {f: s for s in reversed(words) for f in folders if find_word(f, words[s])}
         if alike:
@@ -1906,7 +1911,7 @@ def setup_processes(config):
     device, backend = torch.device(config.DEVICE), "gloo"
     require(device.type != "mps", "DEVICE ('mps') is for one process; add --device cpu")
     if device.type == "cuda":  # gloo: for numbers on the host
-        index = int(os.environ.get("LOCAL_RANK", 0))
+        index = int(os.environ.get("LOCAL_RANK", device.index or 0))
         device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
     config = Config(**{**config.to_dict(), "DEVICE": str(device)})
     if device.type == "cuda":
@@ -2161,13 +2166,11 @@ def find_checkpoint(config):
         path = last if config.RESUME == "newest" else Path(config.RESUME)
         require(path.is_file(), f"RESUME ({config.RESUME!r}) is not a file")
         return path
-    path = Path(config.INIT_FROM)
-    require(
-        not config.INIT_FROM or path.is_file(), f"INIT_FROM ({config.INIT_FROM!r}) is not a file"
-    )
-    moves = re.match("dinov2_(last|final|epoch_)", path.name)  # see archive_previous_run
-    moves = moves and path.resolve().parent == Path(config.OUTPUT_DIR).resolve()
-    require(not moves, f"INIT_FROM ({path}) is moved by a run in its OUTPUT_DIR; give another one")
+    path, text = Path(config.INIT_FROM), f"INIT_FROM ({config.INIT_FROM!r}) is"
+    require(not config.INIT_FROM or path.is_file(), f"{text} not a file")
+    moves = re.fullmatch(r"dinov2_(last|final|epoch_\d.*)\.pth", path.name)
+    moves = moves and path.parent.resolve() == Path(config.OUTPUT_DIR).resolve()
+    require(not moves, f"{text} moved by a run in its OUTPUT_DIR; give another one")
 
 
 @contextmanager
@@ -2491,7 +2494,7 @@ def plot_attention(backbone, x, path):
     large, side = enlarge(backbone, x)
     extract_features(backbone, large)
     hook.remove()
-    q, k, _ = rearrange(qkv[0], "b t (n h d) -> n b h t d", n=3, h=attention.num_heads)
+    q, k, _ = rearrange(torch.cat(qkv), "b t (n h d) -> n b h t d", n=3, h=attention.num_heads)
     weights = (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0]  # (8,heads,T)
     maps = weights[..., backbone.num_prefix_tokens :].unflatten(-1, (side, side))
     maps = torch.cat([maps.mean(1, keepdim=True), maps[:, :6]], 1)
@@ -2606,7 +2609,7 @@ def embed_images(config, source, patches=False):
 
     features (n,D): class tokens of RESUME's teacher; with patches also patch_features (n,N,D).
     names (n,): files below source, or such as x_train[0]; labels (n,), "" or -1 where unknown.
-    Files with over 8 bits: the first 512 give the scale.
+    Files with over 8 bits: the first 512 give the scale. PRECISION auto: that of its run.
     """
     path, output = find_checkpoint(config), Path(config.OUTPUT_DIR, "features.npz")
     require(path, "--embed needs --resume CHECKPOINT")
@@ -2627,7 +2630,8 @@ def embed_images(config, source, patches=False):
     if patches:
         shapes["patch_features"] = (count, grid.num_patches, shapes["features"][1])
     names, labels, levels, tables = [], [], None, {}
-    with lock_output_dir(config), tempfile.TemporaryDirectory(dir=output.parent) as folder:
+    options = {"dir": output.parent, "ignore_cleanup_errors": True}
+    with lock_output_dir(config), tempfile.TemporaryDirectory(**options) as folder:
         # Tables and the archive made of them; a full disk would kill the process
         require_room(config, 8 * sum(map(math.prod, shapes.values())))
         for name, shape in shapes.items():
@@ -2869,8 +2873,8 @@ def exit_with_error(message):
 
 def main(argv=None):
     """Exit with 0, or with 2 and one line where the input cannot be used."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names that it cannot encode
+    # For file names that it cannot encode; stdout of a notebook has no such method
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster steps on a CPU
     try:
         settings, task = parse_flags(argv)

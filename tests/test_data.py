@@ -457,12 +457,13 @@ def test_subset_that_lacks_test_classes_is_not_evaluated():
     assert found.test_labels is None and "no labeled test images" in found.obstacle
 
 
-def test_held_out_images_of_classes_that_training_lacks_have_no_label():
+def test_held_out_images_of_classes_that_training_lacks_have_no_label(capsys):
     labels = ["a", "b"] * 20 + [f"rare {i}" for i in range(9)]
     found = prepare((noise(49), labels), VALIDATION_IMAGES=20)
     rare = [i for i, x in enumerate(noise(49)) if (found.test_images == x).flatten(1).all(1).any()]
     rare = [labels[i] for i in rare if labels[i] not in "ab"]
     assert rare and (found.test_labels == -1).sum() == len(rare) and not found.obstacle
+    assert f"not evaluated: {len(rare)} held-out images" in capsys.readouterr().out
 
 
 def test_first_labeled_split_of_a_mapping_is_for_testing():
@@ -500,6 +501,22 @@ def test_classes_of_a_pair_go_by_name_where_their_numbers_differ(tmp_path):
         found = as_images(dataset)
         assert found.classes == ("cat", "dog", "eel")
         assert found.train_labels.tolist() == [0, 1, 2] and found.test_labels.tolist() == [0, 2]
+
+
+def test_classes_of_a_subset_are_its_own_or_those_of_the_whole():
+    whole = Rows(zip(PIL, Y.tolist(), strict=True))
+    whole.classes = [*"abc"]
+    part = torch.utils.data.Subset(whole, range(6))
+    assert as_images(part).classes == ("a", "b", "c")
+    part.classes = [*"xyz"]
+    assert as_images(part).classes == ("x", "y", "z")
+
+
+def test_second_names_of_labels_are_not_used(capsys):
+    check(as_images({"x_train": X, "y_train": Y, "train_labels": Y}), X, Y)
+    assert "not used: train_labels" in capsys.readouterr().out
+    for labels in Y, Y.tolist():
+        check(as_images((X, Y, None, labels)), X, Y)
 
 
 def test_classes_keep_capital_letters_where_two_differ_in_them_alone():
@@ -578,7 +595,8 @@ TREES = {  # files, then levels of training with their classes, levels of test
         "1train 2test-tube 3cook",
         "",
     ),
-    "numbers": ("train1/a/1.png train1/b/2.png test1/a/3.png test2/a/4.png", "1a 2b", "3a 4a"),
+    "numbers": ("train1/a/1.png train1/b/2.png test1/a/3.png test2/a/4.png", "1a 2b", "3a"),
+    "test1 beside test": ("train/a/1.png train/b/2.png test/a/3.png test1/a/4.png", "1a 2b", "3a"),
     "test1 beside others": (
         "train/a/1.png train/b/2.png test1/a/3.png x/a/4.png",
         "1a 2b",
@@ -622,7 +640,7 @@ def test_folders_of_every_layout(name, tmp_path, capsys):
     count = f"train {len(x)} images of {len(classes)} classes ({shown}), test {len(test.split())}\n"
     assert count in printed
     unused = "below other images", "test without classes", "a stray image in test"
-    unused += ("test1 beside others",)
+    unused += ("test1 beside others", "test1 beside test", "numbers")
     assert ("not used" in printed) == (name in unused)
     loose = "stray" in name or name == "test without classes"
     assert ("not in a class folder: 1 images, such as" in printed) == loose
@@ -630,7 +648,12 @@ def test_folders_of_every_layout(name, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "names",
-    [("images", "masks"), ("Train_Images", "Train_Masks"), ("JPEGImages", "SegmentationClass")],
+    [
+        ("images", "masks"),
+        ("Train_Images", "Train_Masks"),
+        ("JPEGImages", "SegmentationClass"),
+        ("imgs", "ground_truth"),
+    ],
 )
 def test_masks_beside_images_are_left_out(names, tmp_path, capsys):
     write_tree(tmp_path, {f"x/{name}/{i}.png": i for i in (1, 2) for name in names})

@@ -168,7 +168,7 @@ def test_init_from_what_does_not_fit_is_refused_before_the_data_is_read(
     for name in "dinov2_last.pth", "dinov2_epoch_10.pth":
         folder.mkdir(exist_ok=True)
         (folder / name).touch()
-        with pytest.raises(InputError, match=rf"INIT_FROM .*{name}. is moved .* OUTPUT_DIR"):
+        with pytest.raises(InputError, match=rf"INIT_FROM .*{name}.. is moved .* OUTPUT_DIR"):
             train_dinov2(small(INIT_FROM=str(folder / name)))
 
 
@@ -449,6 +449,16 @@ def test_neighbours_are_the_most_similar_others_and_framed_by_class(grids):
 
 
 @torch.no_grad()
+def test_attention_of_large_images_is_that_of_each(grids):
+    network = vit(patch_size=32, img_size=256)
+    x = torch.randint(256, (3, 3, 256, 256), dtype=torch.uint8)
+    dinov2_cifar.plot_attention(network, x, "all")  # in batches of 2
+    for i in range(3):
+        dinov2_cifar.plot_attention(network, x[i : i + 1], "one")
+        for (_, ours), (_, expected) in zip(grids["all"], grids["one"], strict=True):
+            close(ours[i], expected[0], 0.02)
+
+
 def test_attention_is_that_of_the_class_token_over_four_times_the_grid(grids):
     network, x = vit(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     qkv = network.blocks[-1].attn.qkv
@@ -541,8 +551,8 @@ def test_config_takes_the_settings_of_a_run(small, checkpoint, tmp_path, no_figu
     folder = Path(checkpoint).parent
     longer = small(OUTPUT_DIR=str(folder), TOTAL_EPOCHS=3, RESUME="newest", LEARNING_RATE=0.01)
     train_dinov2(longer, make_shapes(64, 32, seed=7)[0])
-    for name in "metrics.jsonl", "dinov2_last.pth":  # of the run as it was resumed
-        assert parse_arguments(["--config", str(folder / name)]).TOTAL_EPOCHS == 3
+    resumed = parse_arguments(["--config", str(folder / "metrics.jsonl")])
+    assert resumed.TOTAL_EPOCHS == 3
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"SEED": 4}, indent=2))
     assert parse_arguments(["--config", str(settings)]).SEED == 4
