@@ -1204,15 +1204,10 @@ def as_images(dataset, size=None, train_images=0, validation_images=0):
     x, y, levels = read_split(x, y, size, chosen)
     if x_test is not None:
         x_test, y_test, _ = read_split(x_test, y_test, size, held_out, levels)
-        if held_out:  # of rare classes, all images may be held out
-            known = {str(label).casefold() for label in y}
-            lost = [str(label).casefold() not in known for label in y_test]
-            y_test = [None if out else label for label, out in zip(y_test, lost, strict=True)]
-            if any(lost):
-                print(f"not evaluated: {sum(lost):,} held-out images of classes training lacks")
         if names and test_names and names != test_names:  # one number, two classes
             y, y_test = name_labels(y, names), name_labels(y_test, test_names)
-    y, y_test, obstacle, classes = number_labels(y, [] if x_test is None else y_test)
+    y_test = [] if x_test is None else y_test
+    y, y_test, obstacle, classes = number_labels(y, y_test, bool(held_out))
     return Images(x, y, x_test, y_test, name, obstacle, tuple(name_labels(classes, names)))
 
 
@@ -1519,24 +1514,31 @@ def plain_label(label):
     return label if known else None
 
 
-def number_labels(labels, test_labels):
-    """Return labels as tensors from 0 on, or None; what prevents an evaluation, or ""; classes."""
+def number_labels(labels, test_labels, held_out=False):
+    """Return labels as tensors from 0 on, or None; what prevents an evaluation, or ""; classes.
+
+    held_out: of a rare class, training may have none; then those test labels become unknown.
+    """
     parts, known = (labels, test_labels), {*labels} - {None}
     folded = {label.casefold() if isinstance(label, str) else label for label in known}
     if len(folded) == len(known):  # upper and lower case are one, unless both are in training
         parts = [[i.casefold() if isinstance(i, str) else i for i in part] for part in parts]
         known = folded
     classes = sorted(known, key=lambda label: (isinstance(label, str), label))
-    others = sorted(map(str, {*parts[1]} - {None, *classes}))
+    others, unknown = {*parts[1]} - {None, *classes}, {None}
+    if held_out and others:
+        lost = sum(label in others for label in parts[1])
+        print(f"not evaluated: {lost:,} held-out images of classes training lacks")
+        others, unknown = (), {None, *others}
     number = {label: i for i, label in enumerate(classes)}
     y, y_test = (torch.tensor([number.get(label, -1) for label in part]) for part in parts)
     if len(classes) < 2:
         y, obstacle = None, Images._field_defaults["obstacle"]
         obstacle = f"all training labels are {classes[0]}" if classes else obstacle
-    elif not {*test_labels} - {None}:
+    elif not {*parts[1]} - unknown:
         obstacle = "no labeled test images; VALIDATION_IMAGES can hold some out of training"
     else:
-        names = ", ".join(others[:3])
+        names = ", ".join(sorted(map(str, others))[:3])
         obstacle = f"test labels {names} are not among the {len(classes)} of training"
         obstacle = obstacle if others else ""
     return y, None if obstacle else y_test, obstacle, tuple(classes)
@@ -1660,16 +1662,16 @@ def load_folder(path):
     """
     root = Path(path).resolve()
     files = [*find_files(root)]
-    pictures = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
-    known = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES * bool(pictures))
+    all_images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    known = (*IMAGE_SUFFIXES, *TEXT_SUFFIXES * bool(all_images))
     kinds = [file.suffix.lower() or file.name for file in files]
     kinds = Counter(kind for kind in kinds if kind not in known)
     others = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     is_cifar = {"data_batch_1", "meta"} & {*kinds}  # of 10 or 100 classes
     hint = "; for CIFAR use --dataset cifar10 (or 100) --data-path" if is_cifar else ""
-    require(pictures, f"no readable image in {path}, but {others or 'no files'}{hint}")
+    require(all_images, f"no readable image in {path}, but {others or 'no files'}{hint}")
 
-    images = without_masks(pictures)
+    images = without_masks(all_images)
     root = Path(os.path.commonpath([file.parent for file in images]))
     deeper = [file.parent for file in images if file.parent != root] or [root]
     found, splits = find_split_folders(images) or {"train": [root]}, {}
@@ -1684,9 +1686,9 @@ def load_folder(path):
             paths += below[folder]
             labels += folder_labels(top, below[folder])
     used = {f: y for pair in splits.values() for f, y in zip(*pair, strict=True)}
-    unused = [f for f in pictures if f not in used]
+    unused = [f for f in all_images if f not in used]
     loose = [f for f, y in used.items() if y is None]
-    for text, some, total in ("used", unused, pictures), ("in a class folder", loose, used):
+    for text, some, total in ("used", unused, all_images), ("in a class folder", loose, used):
         if 0 < len(some) < len(total):
             print(f"not {text}: {len(some):,} images, such as {some[0]}", flush=True)
     if others:

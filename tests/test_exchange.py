@@ -459,6 +459,7 @@ def test_attention_of_large_images_is_that_of_each(grids):
             close(ours[i], expected[0], 0.02)
 
 
+@torch.no_grad()
 def test_attention_is_that_of_the_class_token_over_four_times_the_grid(grids):
     network, x = vit(), torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     qkv = network.blocks[-1].attn.qkv
