@@ -2696,7 +2696,7 @@ HOUR = {
     "LEARNING_RATE": 4e-3,
     "EMA_START": 0.0,
     "EMA_END": 0.0,
-    "TOTAL_EPOCHS": 25,
+    "TOTAL_EPOCHS": 26,
     "DATASET": "cifar10",
     "EVAL_EVERY": 13,
 }
