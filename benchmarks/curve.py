@@ -1,7 +1,7 @@
 """Draw accuracy against minutes of training, from records of ablation.py.
 
     cd benchmarks/results
-    python ../curve.py cifar10-five-minutes.json cifar10-hour-prototypes*.json
+    python ../curve.py cifar10-five-minutes.json cifar10-hour-26-epochs*.json
 
 A point is the end of runs of a length, each with a schedule of that length: the mean of its seeds,
 and a bar from the least to the greatest. The records must be of the same images and --base.
