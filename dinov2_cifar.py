@@ -529,7 +529,7 @@ def multi_crop_dino_loss(student_output, targets, student_temp=0.1):
     # Cross-entropy is linear in the target, so add up the targets of a student view first
     total = targets.sum(0)  # (B,K)
     targets = total - targets
-    if L:  # else a copy would be for nothing
+    if L:  # without local crops, cat would only copy
         targets = torch.cat([targets, total.expand(L, -1, -1)])  # (V,B,K)
     losses = soft_cross_entropy(student_output, targets, student_temp)  # (V,B)
     return losses.mean(1).sum() / (G * (G - 1 + L))
